@@ -1,0 +1,63 @@
+#include "splits.h"
+
+#include <algorithm>
+
+namespace mate {
+namespace {
+
+// Fewer key blocks than this are not worth a split of their own: merging it costs as much.
+constexpr int min_blocks_per_split = 4;
+// With this many pieces of work a worker, taken as workers become free, the last one to finish is not late by much.
+constexpr int pieces_per_worker = 4;
+// Where the batch must not matter, splits follow from a sequence's own length.
+constexpr int invariant_blocks_per_split = 16;
+
+struct SequenceWork {
+  std::int64_t blocks = 0;  // of all tiles of one head unit
+  int longest_tile = 0;
+};
+
+SequenceWork measure(const Problem& problem, const Tiling& tiling, int b) {
+  const Lengths lengths = problem.sequence(b).lengths;
+  SequenceWork work;
+  for (int tile = 0; tile < tiles_of(tiling, lengths.sq); ++tile) {
+    const int blocks = blocks_of_tile(tiling, problem.mask, lengths, tile).size();
+    work.blocks += blocks;
+    work.longest_tile = std::max(work.longest_tile, blocks);
+  }
+  return work;
+}
+
+int splits_for(int blocks, std::int64_t blocks_per_split) {
+  return clamp(divide_up(blocks, blocks_per_split), 1, max_splits);
+}
+
+}  // namespace
+
+int choose_pack(const Problem& problem) { return problem.pack_gqa == 0 ? 1 : problem.group(); }
+
+std::vector<int> choose_splits(const Problem& problem, const Tiling& tiling, int workers) {
+  std::vector<int> splits(problem.batch, 1);
+  if (problem.batch_invariant) {
+    for (int b = 0; b < problem.batch; ++b) {
+      splits[b] = splits_for(measure(problem, tiling, b).longest_tile, invariant_blocks_per_split);
+    }
+  } else if (problem.num_splits > 0) {
+    std::fill(splits.begin(), splits.end(), problem.num_splits);
+  } else if (problem.scheduler_metadata.given()) {
+    for (int b = 0; b < problem.batch; ++b) splits[b] = clamp(problem.scheduler_metadata[b], 1, max_splits);
+  } else if (workers > 1) {
+    std::vector<SequenceWork> work(problem.batch);
+    std::int64_t blocks = 0;
+    for (int b = 0; b < problem.batch; ++b) {
+      work[b] = measure(problem, tiling, b);
+      blocks += work[b].blocks * (problem.heads_q / tiling.pack);
+    }
+    const std::int64_t blocks_per_split =
+        std::max<std::int64_t>(min_blocks_per_split, divide_up(blocks, std::int64_t{workers} * pieces_per_worker));
+    for (int b = 0; b < problem.batch; ++b) splits[b] = splits_for(work[b].longest_tile, blocks_per_split);
+  }
+  return splits;
+}
+
+}  // namespace mate

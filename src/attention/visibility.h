@@ -1,0 +1,85 @@
+// Which keys a query row sees.
+//
+// The one definition of causal, windows, chunks and context parallel, for every backend: it includes nothing,
+// so that run-time compilers of device code take it as it is.
+#pragma once
+
+namespace mate {
+
+/// The mask of a call. Query row i of a sequence stands at position p = i + total - sq; key j of this rank at
+/// position j * cp_world + cp_rank.
+struct Mask {
+  int left = -1;   ///< keys before p - left are hidden; negative: no bound
+  int right = -1;  ///< keys after p + right are hidden (0 is causal); negative: no bound
+  int chunk = 0;   ///< keys of another chunk than p's are hidden; 0: no chunks
+  int cp_world = 1;
+  int cp_rank = 0;
+
+  constexpr bool bounded() const { return left >= 0 || right >= 0 || chunk > 0; }
+};
+
+/// The lengths of one sequence.
+struct Lengths {
+  int sq = 0;     ///< query rows
+  int sk = 0;     ///< keys that this rank holds
+  int total = 0;  ///< keys of all ranks; sk where there is one rank
+};
+
+/// Keys begin <= j < end.
+struct KeyRange {
+  int begin = 0;
+  int end = 0;
+
+  constexpr bool empty() const { return begin >= end; }
+  constexpr int size() const { return empty() ? 0 : end - begin; }
+};
+
+constexpr long long floor_divide(long long a, long long b) { return a / b - (a % b < 0 ? 1 : 0); }
+
+/// How many keys of this rank stand before `position`, at least 0 and at most lengths.sk.
+constexpr int keys_before(const Mask& mask, const Lengths& lengths, long long position) {
+  const long long count =
+      mask.cp_world == 1 ? position : floor_divide(position - mask.cp_rank + mask.cp_world - 1, mask.cp_world);
+  return count < 0 ? 0 : count > lengths.sk ? lengths.sk : static_cast<int>(count);
+}
+
+/// First key that `row` may see. Never decreases with the row.
+constexpr int first_visible(const Mask& mask, const Lengths& lengths, int row) {
+  const long long p = static_cast<long long>(row) + lengths.total - lengths.sq;
+  long long first = 0;
+  if (mask.left >= 0 && p - mask.left > first) first = p - mask.left;
+  if (mask.chunk > 0) {
+    const long long chunk_begin = floor_divide(p, mask.chunk) * mask.chunk;
+    if (chunk_begin > first) first = chunk_begin;
+  }
+  return keys_before(mask, lengths, first);
+}
+
+/// One past the last key that `row` may see. Never decreases with the row.
+constexpr int end_visible(const Mask& mask, const Lengths& lengths, int row) {
+  const long long p = static_cast<long long>(row) + lengths.total - lengths.sq;
+  long long end = lengths.total;
+  if (mask.right >= 0 && p + mask.right + 1 < end) end = p + mask.right + 1;
+  if (mask.chunk > 0) {
+    const long long chunk_end = (floor_divide(p, mask.chunk) + 1) * mask.chunk;
+    if (chunk_end < end) end = chunk_end;
+  }
+  return keys_before(mask, lengths, end);
+}
+
+/// The keys that `row` sees: always one range, since every rule bounds the key's position from below or above.
+constexpr KeyRange visible_keys(const Mask& mask, const Lengths& lengths, int row) {
+  return {first_visible(mask, lengths, row), end_visible(mask, lengths, row)};
+}
+
+/// The keys that some row of first_row .. last_row sees.
+constexpr KeyRange keys_of_some_row(const Mask& mask, const Lengths& lengths, int first_row, int last_row) {
+  return {first_visible(mask, lengths, first_row), end_visible(mask, lengths, last_row)};
+}
+
+/// The keys that every row of first_row .. last_row sees: inside it nothing needs masking.
+constexpr KeyRange keys_of_every_row(const Mask& mask, const Lengths& lengths, int first_row, int last_row) {
+  return {first_visible(mask, lengths, last_row), end_visible(mask, lengths, first_row)};
+}
+
+}  // namespace mate

@@ -1,0 +1,26 @@
+// The CPU backend: serves every call on any machine, exactly as the contract says.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "attention/problem.h"
+
+namespace mate::cpu {
+
+/// Writes the new keys, rotated and rounded to the cache's type, into the cache. The problem's contents are verified.
+void append(const Problem& problem);
+
+/// Writes out and lse. The problem's contents are verified, and its new keys appended.
+void forward(const Problem& problem);
+
+/// The number of splits of each sequence, as forward() would choose them.
+std::vector<int> choose_splits(const Problem& problem);
+
+/// Writes out and lse.
+void combine(const CombineProblem& problem);
+
+/// The instruction set of the kernels in use, and the number of threads.
+std::string describe();
+
+}  // namespace mate::cpu

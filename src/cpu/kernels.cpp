@@ -1,0 +1,7 @@
+#include "kernels.h"
+
+namespace mate::cpu {
+
+const Kernels& kernels() { return portable_kernels; }
+
+}  // namespace mate::cpu

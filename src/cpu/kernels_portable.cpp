@@ -1,0 +1,176 @@
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "kernels.h"
+#include "numbers.h"
+
+namespace mate::cpu {
+namespace {
+
+constexpr float negative_infinity = -std::numeric_limits<float>::infinity();
+
+template <typename Storage, typename Convert>
+void widen_all(const void* source, float factor, float* target, int count, Convert convert) {
+  const auto* values = static_cast<const Storage*>(source);
+  for (int i = 0; i < count; ++i) target[i] = factor * convert(values[i]);
+}
+
+void widen(ElementType type, const void* source, float factor, float* target, int count) {
+  switch (type) {
+    case ElementType::float32:
+      return widen_all<float>(source, factor, target, count, [](float x) { return x; });
+    case ElementType::float16:
+      return widen_all<std::uint16_t>(source, factor, target, count, widen_float16);
+    case ElementType::bfloat16:
+      return widen_all<std::uint16_t>(source, factor, target, count, widen_bfloat16);
+    case ElementType::float8_e4m3:
+      return widen_all<std::uint8_t>(source, factor, target, count, widen_float8_e4m3);
+  }
+}
+
+template <typename Storage, typename Convert>
+void narrow_all(const float* source, void* target, int count, Convert convert) {
+  auto* values = static_cast<Storage*>(target);
+  for (int i = 0; i < count; ++i) values[i] = convert(source[i]);
+}
+
+void narrow(const float* source, ElementType type, void* target, int count) {
+  switch (type) {
+    case ElementType::float32:
+      return narrow_all<float>(source, target, count, [](float x) { return x; });
+    case ElementType::float16:
+      return narrow_all<std::uint16_t>(source, target, count, narrow_float16);
+    case ElementType::bfloat16:
+      return narrow_all<std::uint16_t>(source, target, count, narrow_bfloat16);
+    case ElementType::float8_e4m3:
+      return narrow_all<std::uint8_t>(source, target, count, narrow_float8_e4m3);
+  }
+}
+
+// Four floats that compilers keep in one register of the baseline instruction set, whatever it is.
+using Float4 = float __attribute__((vector_size(16)));
+constexpr int lanes = 4;
+
+Float4 load(const float* source) {
+  Float4 value;
+  std::memcpy(&value, source, sizeof(value));
+  return value;
+}
+
+void store(float* target, Float4 value) { std::memcpy(target, &value, sizeof(value)); }
+
+// The part of a product that stays in registers while its depth is run through.
+constexpr int register_rows = 4;
+constexpr int register_columns = 2 * lanes;
+static_assert(block_keys % register_columns == 0 && width_multiple % register_columns == 0);
+
+// result[r][c] = factors[r] * result[r][c] + sum over i < depth of left[r][i] * right[i][c], in the order of i, for Rows
+// rows and register_columns columns. Without factors the sums start at 0.
+template <int Rows>
+void multiply_add(const float* left, std::int64_t left_stride, const float* right, std::int64_t right_stride, int depth,
+                  const float* factors, float* result, std::int64_t result_stride) {
+  Float4 sums[Rows][2];
+  for (int r = 0; r < Rows; ++r) {
+    for (int c = 0; c < 2; ++c) {
+      sums[r][c] = factors == nullptr ? Float4{} : factors[r] * load(result + r * result_stride + c * lanes);
+    }
+  }
+  for (int i = 0; i < depth; ++i) {
+    const Float4 first = load(right + i * right_stride);
+    const Float4 second = load(right + i * right_stride + lanes);
+    for (int r = 0; r < Rows; ++r) {
+      const float factor = left[r * left_stride + i];
+      sums[r][0] += factor * first;
+      sums[r][1] += factor * second;
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int c = 0; c < 2; ++c) store(result + r * result_stride + c * lanes, sums[r][c]);
+  }
+}
+
+// Calls multiply(row, count) for groups of register_rows rows, then for single ones. `count` is a compile-time constant.
+template <typename Multiply>
+void for_row_groups(int rows, const Multiply& multiply) {
+  int row = 0;
+  for (; row + register_rows <= rows; row += register_rows) {
+    multiply(row, std::integral_constant<int, register_rows>());
+  }
+  for (; row < rows; ++row) multiply(row, std::integral_constant<int, 1>());
+}
+
+void multiply_scores(const float* queries, const float* keys, KeyRange columns, float* scores, int rows, int depth) {
+  const int first = columns.begin / register_columns * register_columns;
+  for_row_groups(rows, [&](int row, auto count) {
+    for (int column = first; column < columns.end; column += register_columns) {
+      multiply_add<count()>(queries + std::int64_t{row} * depth, depth, keys + column, block_keys, depth, nullptr,
+                            scores + row * block_keys + column, block_keys);
+    }
+  });
+}
+
+void accumulate(const float* weights, KeyRange columns, const float* values, const float* rescale, float* sums, int rows,
+                int width) {
+  for_row_groups(rows, [&](int row, auto count) {
+    for (int column = 0; column < width; column += register_columns) {
+      multiply_add<count()>(weights + row * block_keys + columns.begin, block_keys,
+                            values + std::int64_t{columns.begin} * width + column, width, columns.size(), rescale + row,
+                            sums + std::int64_t{row} * width + column, width);
+    }
+  });
+}
+
+void cap_scores(float* scores, float factor, int count) {
+  for (int i = 0; i < count; ++i) scores[i] = factor * std::tanh(scores[i]);
+}
+
+// 2**x for x <= 0, within 2 units in the last place; 0 below -126, NaN of NaN.
+float exp2(float x) {
+  // Adding 1.5 * 2**23 rounds x to an integer, which is then in the low bits.
+  const float shifted = x + 0x1.8p23F;
+  const float fraction = x - (shifted - 0x1.8p23F);
+  const float scale = std::bit_cast<float>((std::bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000U);
+  // Chebyshev fit of 2**fraction on -0.5 .. 0.5.
+  float y = 1.5337577e-4F;
+  y = y * fraction + 1.339986e-3F;
+  y = y * fraction + 9.6185198e-3F;
+  y = y * fraction + 5.550329e-2F;
+  y = y * fraction + 2.4022646e-1F;
+  y = y * fraction + 6.9314718e-1F;
+  y = y * fraction + 1.0F;
+  return x < -126.0F ? 0.0F : y * scale;
+}
+
+float update_softmax(float* scores, KeyRange visible, RunningSoftmax& row) {
+  for (int i = 0; i < visible.begin; ++i) scores[i] = 0;
+  for (int i = visible.end; i < block_keys; ++i) scores[i] = 0;
+  if (visible.empty()) return 1;
+
+  float max = row.max;
+  for (int i = visible.begin; i < visible.end; ++i) max = scores[i] > max ? scores[i] : max;
+  // With nothing but -inf so far any finite number will do: every weight is 0, or NaN where the score is.
+  const float base = max == negative_infinity ? 0 : max;
+  for (int i = visible.begin; i < visible.end; ++i) scores[i] = exp2(scores[i] - base);
+
+  // Summed in lanes at fixed places of the block, so that the order does not depend on what the row sees.
+  Float4 lane_sums{};
+  for (int i = 0; i < block_keys; i += lanes) lane_sums += load(scores + i);
+  const float sum = (lane_sums[0] + lane_sums[1]) + (lane_sums[2] + lane_sums[3]);
+
+  const float rescale = row.max == negative_infinity ? 0.0F : exp2(row.max - base);
+  row.sum = row.sum * rescale + sum;
+  row.max = max;
+  return rescale;
+}
+
+}  // namespace
+
+const Kernels portable_kernels{
+    "portable", widen, narrow, multiply_scores, cap_scores, update_softmax, accumulate,
+};
+
+}  // namespace mate::cpu

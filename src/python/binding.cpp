@@ -1,0 +1,183 @@
+// The functions that python/mate calls, through tvm-ffi: each takes the fields of one arguments struct in their order.
+#include <mate/attention.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+#include <tvm/ffi/string.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "attention/arguments.h"
+
+namespace {
+
+namespace ffi = tvm::ffi;
+using OptionalTensor = ffi::Optional<ffi::TensorView>;
+using OptionalInt = ffi::Optional<std::int64_t>;
+
+mate::Tensor view(const ffi::TensorView& tensor) {
+  return mate::Tensor(DLTensor{tensor.data_ptr(), tensor.device(), tensor.ndim(), tensor.dtype(),
+                               const_cast<std::int64_t*>(tensor.shape().data()),
+                               const_cast<std::int64_t*>(tensor.strides().data()), tensor.byte_offset()});
+}
+
+mate::Tensor view(const OptionalTensor& tensor) {
+  return tensor.has_value() ? view(tensor.value()) : mate::Tensor();
+}
+
+template <typename T>
+std::optional<T> optional(const ffi::Optional<T>& value) {
+  return value.has_value() ? std::optional<T>(value.value()) : std::nullopt;
+}
+
+const char* python_exception(mate::ErrorKind kind) {
+  switch (kind) {
+    case mate::ErrorKind::type:
+      return "TypeError";
+    case mate::ErrorKind::value:
+      return "ValueError";
+    case mate::ErrorKind::not_implemented:
+      return "NotImplementedError";
+  }
+  return "RuntimeError";
+}
+
+/// Runs `call`, and hands its errors on to Python as the exceptions of their kind.
+template <typename Call>
+void with_python_errors(const Call& call) {
+  try {
+    call();
+  } catch (const mate::Error& error) {
+    throw ffi::Error(python_exception(error.kind()), error.what(), "");
+  }
+}
+
+void attention(bool is_cache_call, ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, OptionalTensor qv,
+               OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,
+               OptionalTensor seqused_k, OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, OptionalTensor page_table,
+               OptionalTensor cache_batch_idx, OptionalTensor cache_leftpad, OptionalTensor k_new,
+               OptionalTensor v_new, OptionalTensor cu_seqlens_k_new, OptionalTensor rotary_cos,
+               OptionalTensor rotary_sin, OptionalTensor rotary_seqlens, bool rotary_interleaved,
+               ffi::Optional<double> softmax_scale, bool causal, std::int64_t window_left, std::int64_t window_right,
+               std::int64_t attention_chunk, double softcap, OptionalTensor q_descale, OptionalTensor k_descale,
+               OptionalTensor v_descale, OptionalTensor learnable_sink, std::int64_t cp_world_size,
+               std::int64_t cp_rank, OptionalTensor cp_tot_seqused_k, std::int64_t num_splits,
+               ffi::Optional<bool> pack_gqa, std::int64_t sm_margin, OptionalTensor scheduler_metadata,
+               bool batch_invariant, OptionalTensor out, OptionalTensor lse) {
+  with_python_errors([&] {
+    mate::attention(
+        {
+            .q = view(q),
+            .k = view(k),
+            .v = view(v),
+            .qv = view(qv),
+            .out = view(out),
+            .lse = view(lse),
+            .cu_seqlens_q = view(cu_seqlens_q),
+            .cu_seqlens_k = view(cu_seqlens_k),
+            .seqused_q = view(seqused_q),
+            .seqused_k = view(seqused_k),
+            .max_seqlen_q = optional(max_seqlen_q),
+            .max_seqlen_k = optional(max_seqlen_k),
+            .page_table = view(page_table),
+            .cache_batch_idx = view(cache_batch_idx),
+            .cache_leftpad = view(cache_leftpad),
+            .k_new = view(k_new),
+            .v_new = view(v_new),
+            .cu_seqlens_k_new = view(cu_seqlens_k_new),
+            .rotary_cos = view(rotary_cos),
+            .rotary_sin = view(rotary_sin),
+            .rotary_seqlens = view(rotary_seqlens),
+            .rotary_interleaved = rotary_interleaved,
+            .softmax_scale = optional(softmax_scale),
+            .causal = causal,
+            .window_left = window_left,
+            .window_right = window_right,
+            .attention_chunk = attention_chunk,
+            .softcap = softcap,
+            .q_descale = view(q_descale),
+            .k_descale = view(k_descale),
+            .v_descale = view(v_descale),
+            .learnable_sink = view(learnable_sink),
+            .cp_world_size = cp_world_size,
+            .cp_rank = cp_rank,
+            .cp_tot_seqused_k = view(cp_tot_seqused_k),
+            .num_splits = num_splits,
+            .pack_gqa = optional(pack_gqa),
+            .sm_margin = sm_margin,
+            .scheduler_metadata = view(scheduler_metadata),
+            .batch_invariant = batch_invariant,
+        },
+        is_cache_call ? mate::cache_argument_names : mate::ArgumentNames{});
+  });
+}
+
+void combine(ffi::TensorView out_partial, ffi::TensorView lse_partial, OptionalTensor out, OptionalTensor lse) {
+  with_python_errors([&] {
+    mate::combine({
+        .out_partial = view(out_partial),
+        .lse_partial = view(lse_partial),
+        .out = view(out),
+        .lse = view(lse),
+    });
+  });
+}
+
+void scheduler_metadata(std::int64_t batch_size, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k,
+                        std::int64_t num_heads_q, std::int64_t num_heads_kv, std::int64_t headdim,
+                        OptionalInt headdim_v, DLDataType qkv_dtype, ffi::Optional<DLDataType> kv_dtype,
+                        OptionalTensor cache_seqlens, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                        OptionalTensor cu_seqlens_k_new, OptionalTensor seqused_q, OptionalTensor cache_leftpad,
+                        OptionalInt page_size, std::int64_t max_seqlen_k_new, bool causal, std::int64_t window_left,
+                        std::int64_t window_right, std::int64_t attention_chunk, bool has_softcap, bool has_qv,
+                        std::int64_t num_splits, ffi::Optional<bool> pack_gqa, std::int64_t sm_margin,
+                        std::int64_t cp_world_size, std::int64_t cp_rank, OptionalTensor cp_tot_seqused_k,
+                        bool batch_invariant, OptionalTensor out) {
+  with_python_errors([&] {
+    mate::scheduler_metadata(
+        {
+            .batch_size = batch_size,
+            .max_seqlen_q = max_seqlen_q,
+            .max_seqlen_k = max_seqlen_k,
+            .num_heads_q = num_heads_q,
+            .num_heads_kv = num_heads_kv,
+            .headdim = headdim,
+            .headdim_v = optional(headdim_v),
+            .qkv_dtype = qkv_dtype,
+            .kv_dtype = optional(kv_dtype),
+            .seqused_k = view(cache_seqlens),
+            .cu_seqlens_q = view(cu_seqlens_q),
+            .cu_seqlens_k = view(cu_seqlens_k),
+            .cu_seqlens_k_new = view(cu_seqlens_k_new),
+            .seqused_q = view(seqused_q),
+            .cache_leftpad = view(cache_leftpad),
+            .page_size = optional(page_size),
+            .max_seqlen_k_new = max_seqlen_k_new,
+            .causal = causal,
+            .window_left = window_left,
+            .window_right = window_right,
+            .attention_chunk = attention_chunk,
+            .has_softcap = has_softcap,
+            .has_qv = has_qv,
+            .num_splits = num_splits,
+            .pack_gqa = optional(pack_gqa),
+            .sm_margin = sm_margin,
+            .cp_world_size = cp_world_size,
+            .cp_rank = cp_rank,
+            .cp_tot_seqused_k = view(cp_tot_seqused_k),
+            .batch_invariant = batch_invariant,
+            .out = view(out),
+        },
+        mate::cache_argument_names);
+  });
+}
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, attention)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, combine)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(scheduler_metadata, scheduler_metadata)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(scheduler_metadata_size, mate::scheduler_metadata_size)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(describe_backends, [] { return ffi::String(mate::describe_backends()); })
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, [] { return ffi::String(MATE_VERSION); })
