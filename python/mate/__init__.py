@@ -1,0 +1,24 @@
+"""MATE: exact attention, forward pass, with the calls of FlashAttention-3."""
+
+from mate import _library
+from mate._functions import (
+    flash_attn_combine,
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    get_scheduler_metadata,
+)
+from mate._info import info
+
+__version__: str = _library.version()
+
+__all__ = [
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+    "info",
+]

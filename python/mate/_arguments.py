@@ -1,0 +1,78 @@
+"""What callers may write, made into what the library takes: integers, numbers, aliases, windows, contiguous rows."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, SupportsFloat, SupportsIndex
+
+from torch import Tensor
+
+
+def integer(name: str, value: SupportsIndex) -> int:
+    if type(value) is int:
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {_describe(value)}") from None
+
+
+def optional_integer(name: str, value: SupportsIndex | None) -> int | None:
+    return None if value is None else integer(name, value)
+
+
+def number(name: str, value: SupportsFloat) -> float:
+    if type(value) is float:
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {_describe(value)}") from None
+
+
+def optional_number(name: str, value: SupportsFloat | None) -> float | None:
+    return None if value is None else number(name, value)
+
+
+def window(window_size: Sequence[SupportsIndex | None]) -> tuple[int, int]:
+    """(left, right), where a negative number is no bound, as is None."""
+    try:
+        left, right = window_size
+    except TypeError:
+        raise TypeError(f"window_size must be a sequence of two integers, got {_describe(window_size)}") from None
+    except ValueError:
+        raise ValueError(f"window_size must have two elements, got {len(window_size)}") from None
+    return (
+        -1 if left is None else integer("window_size", left),
+        -1 if right is None else integer("window_size", right),
+    )
+
+
+def chunk(attention_chunk: SupportsIndex | None) -> int:
+    return 0 if attention_chunk is None else integer("attention_chunk", attention_chunk)
+
+
+def one_of(**aliases: Any) -> Any:
+    """The one of several names for an argument under which it was given; None where it was not."""
+    given = {name: value for name, value in aliases.items() if value is not None}
+    if len(given) > 1:
+        raise TypeError(f"{' and '.join(given)} are names of one argument: give one of them")
+    return next(iter(given.values()), None)
+
+
+def contiguous_rows(name: str, tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where its last dimension is not contiguous."""
+    check_tensor(name, tensor)
+    return tensor if tensor.dim() == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_describe(value)}")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"{value!r}" if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"

@@ -1,0 +1,171 @@
+"""What the library is asked to do: one named tuple for each of its functions, and the eager way to run it.
+
+The fields and their order are those of the functions in src/python/binding.cpp; :mod:`mate._operators` derives the
+schemas of PyTorch's operators from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mate import _library
+
+
+class AttentionCall(NamedTuple):
+    """All that ``mate::attention`` takes but its results; include/mate/attention.h says what each field means."""
+
+    is_cache_call: bool
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    qv: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    page_table: Tensor | None = None
+    cache_batch_idx: Tensor | None = None
+    cache_leftpad: Tensor | None = None
+    k_new: Tensor | None = None
+    v_new: Tensor | None = None
+    cu_seqlens_k_new: Tensor | None = None
+    rotary_cos: Tensor | None = None
+    rotary_sin: Tensor | None = None
+    rotary_seqlens: Tensor | None = None
+    rotary_interleaved: bool = True
+    softmax_scale: float | None = None
+    causal: bool = False
+    window_left: int = -1
+    window_right: int = -1
+    attention_chunk: int = 0
+    softcap: float = 0.0
+    q_descale: Tensor | None = None
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
+    learnable_sink: Tensor | None = None
+    cp_world_size: int = 1
+    cp_rank: int = 0
+    cp_tot_seqused_k: Tensor | None = None
+    num_splits: int = 1
+    pack_gqa: bool | None = None
+    sm_margin: int = 0
+    scheduler_metadata: Tensor | None = None
+    batch_invariant: bool = False
+
+    def new_out(self) -> Tensor:
+        """An uninitialised ``out``. Its shape means nothing where q or v has a wrong one, which the library refuses."""
+        dtype = torch.bfloat16 if self.q.dtype is torch.float8_e4m3fn else self.q.dtype
+        return self.q.new_empty((*self.q.shape[:-1], *self.v.shape[-1:]), dtype=dtype)
+
+    def new_lse(self) -> Tensor:
+        """An uninitialised ``lse``, with the same reservation."""
+        *batch, sq, h = self.q.shape[:-1] if self.q.dim() >= 3 else (0, 0)
+        return self.q.new_empty((*batch, h, sq), dtype=torch.float32)
+
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The inputs that a gradient could be asked of."""
+        return (self.q, self.k, self.v, self.qv, self.k_new, self.v_new, self.learnable_sink)
+
+    def run(self, out: Tensor, lse: Tensor | None) -> None:
+        """Writes ``out``, and ``lse`` where it is given."""
+        try:
+            _library.attention(*self, out, lse)
+        except Exception as error:
+            raise _explained(error, self, out) from None
+
+
+class CombineCall(NamedTuple):
+    """All that ``mate::combine`` takes but its results."""
+
+    out_partial: Tensor
+    lse_partial: Tensor
+
+    def new_out(self, dtype: torch.dtype) -> Tensor:
+        return self.out_partial.new_empty(self.out_partial.shape[1:], dtype=dtype)
+
+    def new_lse(self) -> Tensor:
+        return self.lse_partial.new_empty(self.lse_partial.shape[1:], dtype=torch.float32)
+
+    def run(self, out: Tensor, lse: Tensor) -> None:
+        try:
+            _library.combine(*self, out, lse)
+        except Exception as error:
+            raise _explained(error, self, out) from None
+
+
+class SchedulerMetadataCall(NamedTuple):
+    """All that ``mate::scheduler_metadata`` takes but its result."""
+
+    batch_size: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    num_heads_q: int
+    num_heads_kv: int
+    headdim: int
+    headdim_v: int | None
+    qkv_dtype: torch.dtype
+    kv_dtype: torch.dtype | None
+    cache_seqlens: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    cu_seqlens_k_new: Tensor | None
+    seqused_q: Tensor | None
+    cache_leftpad: Tensor | None
+    page_size: int | None
+    max_seqlen_k_new: int
+    causal: bool
+    window_left: int
+    window_right: int
+    attention_chunk: int
+    has_softcap: bool
+    has_qv: bool
+    num_splits: int
+    pack_gqa: bool | None
+    sm_margin: int
+    cp_world_size: int
+    cp_rank: int
+    cp_tot_seqused_k: Tensor | None
+    batch_invariant: bool
+
+    def new_out(self) -> Tensor:
+        lengths = self.cache_seqlens if self.cache_seqlens is not None else self.cu_seqlens_k
+        device = None if lengths is None else lengths.device
+        elements = _library.scheduler_metadata_size(max(0, self.batch_size))
+        return torch.empty(elements, dtype=torch.int32, device=device)
+
+    def run(self, out: Tensor) -> None:
+        try:
+            _library.scheduler_metadata(*self, out)
+        except Exception as error:
+            raise _explained(error, self, out) from None
+
+
+# What callers of flash_attn_with_kvcache call the fields whose names differ.
+_CACHE_NAMES = {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens"}
+
+
+def _explained(error: Exception, call: Any, out: object) -> Exception:
+    """The error to raise for one that the library raised: its own, unless a tensor could not even be handed to it."""
+    names = _CACHE_NAMES if getattr(call, "is_cache_call", False) else {}
+    tensors = {
+        names.get(field, field): value
+        for field, value in {**call._asdict(), "out": out}.items()
+        if value is not None and "Tensor" in str(call.__annotations__.get(field, "Tensor"))
+    }
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    (first_name, first), *others = ((name, tensor.device) for name, tensor in tensors.items())
+    if first.type in ("cpu", "cuda") and all(device.type in ("cpu", "cuda") for _, device in others):
+        return error
+    for name, device in others:
+        if device != first:
+            return ValueError(
+                f"{name} is on {device} and {first_name} on {first}: all tensors of a call must be on one device"
+            )
+    return NotImplementedError(f"MATE has no backend for the device {first}: tensors must be on the CPU")

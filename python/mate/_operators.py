@@ -1,0 +1,218 @@
+"""The calls as operators of PyTorch, for what traces them: torch.compile, torch.export, tensor subclasses.
+
+An ordinary call never comes here: the dispatcher would cost it microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mate._calls import AttentionCall, CombineCall, SchedulerMetadataCall
+
+_library = torch.library.Library("mate", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+# SymInt: a size or a length may be symbolic while a graph is traced.
+_SCHEMA_TYPES = {
+    "str": "str",
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "bool": "bool",
+    "bool | None": "bool?",
+    "int": "SymInt",
+    "int | None": "SymInt?",
+    "float": "float",
+    "float | None": "float?",
+    "torch.dtype": "ScalarType",
+    "torch.dtype | None": "ScalarType?",
+}
+
+
+def _fields(call: type) -> dict[str, str]:
+    """The fields of a call and their annotations, as written."""
+    return {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in call.__annotations__.items()}
+
+
+def _define(
+    name: str,
+    fields: dict[str, str],
+    mutated: Sequence[str],
+    returns: str,
+    make: Callable[..., Any],
+) -> Any:
+    """The operator mate::name. ``make(run, *values)`` makes its results, and fills them where ``run`` is true."""
+    parameters = []
+    for field, kind in fields.items():
+        schema_type = _SCHEMA_TYPES[kind]
+        if field in mutated:
+            schema_type = schema_type.replace("Tensor", f"Tensor({chr(ord('a') + mutated.index(field))}!)")
+        parameters.append(f"{schema_type} {field}")
+    _library.define(f"{name}({', '.join(parameters)}) -> {returns}")  # type: ignore[no-untyped-call]
+    _library.impl(name, lambda *values: make(True, *values), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"mate::{name}", lambda *values: make(False, *values), lib=_library)
+    return getattr(torch.ops.mate, name).default
+
+
+# Backward raises, and as an operator: what traces a graph traces its backward too, long before anybody runs it. It
+# takes the gradients of the results, without which a compiler could run it ahead.
+
+
+def _raise_no_backward(function: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
+    raise NotImplementedError(f"{function} has no backward: MATE computes the forward pass only")
+
+
+_library.define("no_backward(str function, Tensor?[] grads, Tensor[] inputs) -> Tensor[]")  # type: ignore[no-untyped-call]
+_library.impl("no_backward", _raise_no_backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake(
+    "mate::no_backward", lambda function, grads, inputs: [torch.empty_like(x) for x in inputs], lib=_library
+)
+
+
+def _register_no_backward(name: str) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.function, ctx.count = inputs[0], len(inputs)
+        ctx.differentiable = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.differentiable))
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = torch.ops.mate.no_backward(ctx.function, list(grads), list(ctx.saved_tensors))
+        by_input = dict(zip(ctx.differentiable, gradients))
+        return tuple(by_input.get(i) for i in range(ctx.count))
+
+    torch.library.register_autograd(f"mate::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+class _NoBackward(torch.autograd.Function):
+    """Makes results that exist depend, for autograd, on inputs that require grad."""
+
+    @staticmethod
+    def forward(ctx: Any, function: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.function = function
+        results = tensors[:count]
+        ctx.mark_dirty(*results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _raise_no_backward(ctx.function, grads, ())
+
+
+def without_backward(function: str, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results of an eager call on inputs that require grad, such that backward raises NotImplementedError."""
+    return tuple(_NoBackward.apply(function, len(results), *results, *inputs))  # type: ignore[no-untyped-call]
+
+
+# Attention: an operator for each set of arguments that is written to, since a graph copies what may be written.
+
+
+def _make_attention(run: bool, function: str, *values: Any) -> tuple[Tensor, Tensor]:
+    *fields, with_lse = values
+    call = AttentionCall(*fields)
+    out = call.new_out()
+    return out, _make_lse(run, call, with_lse, out)
+
+
+def _make_attention_out(run: bool, function: str, *values: Any) -> Tensor:
+    *fields, with_lse, out = values
+    return _make_lse(run, AttentionCall(*fields), with_lse, out)
+
+
+def _make_lse(run: bool, call: AttentionCall, with_lse: bool, out: Tensor) -> Tensor:
+    # An operator's result is always a tensor: one without elements stands for an lse that is not wanted.
+    lse = call.new_lse() if with_lse else call.q.new_empty(0, dtype=torch.float32)
+    if run:
+        call.run(out, lse if with_lse else None)
+    return lse
+
+
+_ATTENTION = {"function": "str", **_fields(AttentionCall), "with_lse": "bool"}
+_ATTENTION_OUT = {**_ATTENTION, "out": "Tensor"}
+_attention = _define("attention", _ATTENTION, (), "(Tensor, Tensor)", _make_attention)
+_attention_append = _define("attention_append", _ATTENTION, ("k", "v"), "(Tensor, Tensor)", _make_attention)
+_attention_out = _define("attention_out", _ATTENTION_OUT, ("out",), "Tensor", _make_attention_out)
+_attention_append_out = _define(
+    "attention_append_out", _ATTENTION_OUT, ("k", "v", "out"), "Tensor", _make_attention_out
+)
+_register_no_backward("attention")
+
+
+def attention(function: str, call: AttentionCall, out: Tensor | None, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    appends = call.k_new is not None
+    if appends or out is not None:
+        # Operators that write to an argument have no place for a backward, so that theirs is cut off.
+        fields: list[Any] = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in call]
+        call = AttentionCall(*fields)
+    if out is None:
+        operator = _attention_append if appends else _attention
+        out, lse = operator(function, *call, with_lse)
+    else:
+        operator = _attention_append_out if appends else _attention_out
+        lse = operator(function, *call, with_lse, out)
+    return out, lse if with_lse else None
+
+
+# Combine.
+
+
+def _make_combined(
+    run: bool, function: str, out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    call = CombineCall(out_partial, lse_partial)
+    out = call.new_out(out_dtype)
+    return out, _make_combined_out(run, function, out_partial, lse_partial, out)
+
+
+def _make_combined_out(run: bool, function: str, out_partial: Tensor, lse_partial: Tensor, out: Tensor) -> Tensor:
+    call = CombineCall(out_partial, lse_partial)
+    lse = call.new_lse()
+    if run:
+        call.run(out, lse)
+    return lse
+
+
+_COMBINE = {"function": "str", **_fields(CombineCall)}
+_combine = _define("combine", {**_COMBINE, "out_dtype": "torch.dtype"}, (), "(Tensor, Tensor)", _make_combined)
+_combine_out = _define("combine_out", {**_COMBINE, "out": "Tensor"}, ("out",), "Tensor", _make_combined_out)
+_register_no_backward("combine")
+
+
+def combine(function: str, call: CombineCall, out: Tensor | None, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if out is None:
+        results: tuple[Tensor, Tensor] = _combine(function, *call, out_dtype)
+        return results
+    return out, _combine_out(function, *(x.detach() for x in call), out)
+
+
+# Scheduler metadata.
+
+
+def _make_metadata(run: bool, *values: Any) -> Tensor:
+    call = SchedulerMetadataCall(*values)
+    out = call.new_out()
+    if run:
+        call.run(out)
+    return out
+
+
+def _make_metadata_out(run: bool, *values: Any) -> None:
+    *fields, out = values
+    if run:
+        SchedulerMetadataCall(*fields).run(out)
+
+
+_METADATA = _fields(SchedulerMetadataCall)
+_scheduler_metadata = _define("scheduler_metadata", _METADATA, (), "Tensor", _make_metadata)
+_scheduler_metadata_out = _define(
+    "scheduler_metadata_out", {**_METADATA, "out": "Tensor"}, ("out",), "()", _make_metadata_out
+)
+
+
+def scheduler_metadata(call: SchedulerMetadataCall, out: Tensor | None) -> Tensor:
+    if out is None:
+        metadata: Tensor = _scheduler_metadata(*call)
+        return metadata
+    _scheduler_metadata_out(*call, out)
+    return out

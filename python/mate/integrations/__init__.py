@@ -1,0 +1,1 @@
+"""Adapters that let other libraries call MATE; each module needs the library it is named after."""
