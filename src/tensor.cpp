@@ -40,8 +40,8 @@ Tensor::Tensor(const DLTensor& tensor)
 
 void Tensor::set_shape(const std::int64_t* shape, int ndim) {
   if (ndim > max_ndim) {
-    throw Error(ErrorKind::value, "a tensor must have at most " + std::to_string(max_ndim) + " dimensions, got " +
-                                      std::to_string(ndim));
+    throw Error(ErrorKind::value,
+                "a tensor must have at most " + std::to_string(max_ndim) + " dimensions, got " + std::to_string(ndim));
   }
   ndim_ = ndim;
   std::copy(shape, shape + ndim, shape_.begin());

@@ -30,8 +30,7 @@ class Tensor {
   constexpr Tensor() = default;
 
   /// A contiguous (row-major) tensor. Throws mate::Error (value) for more than max_ndim dimensions.
-  Tensor(const void* data, DLDataType dtype, std::initializer_list<std::int64_t> shape,
-         DLDevice device = {kDLCPU, 0});
+  Tensor(const void* data, DLDataType dtype, std::initializer_list<std::int64_t> shape, DLDevice device = {kDLCPU, 0});
 
   /// Any strides, in elements. Throws mate::Error (value) where shape and strides differ in length.
   Tensor(const void* data, DLDataType dtype, std::initializer_list<std::int64_t> shape,

@@ -79,8 +79,8 @@ template <typename Arguments>
 Mask mask_of(const Arguments& a) {
   require(a.cp_world_size >= 1 && a.cp_world_size <= max_extent, "cp_world_size must be from 1 to 2**31 - 1, got ",
           a.cp_world_size);
-  require(a.cp_rank >= 0 && a.cp_rank < a.cp_world_size, "cp_rank must be from 0 to cp_world_size - 1 = ",
-          a.cp_world_size - 1, ", got ", a.cp_rank);
+  require(a.cp_rank >= 0 && a.cp_rank < a.cp_world_size,
+          "cp_rank must be from 0 to cp_world_size - 1 = ", a.cp_world_size - 1, ", got ", a.cp_rank);
   require(a.cp_world_size == 1 || a.cp_tot_seqused_k.given(), "cp_world_size ", a.cp_world_size,
           " needs cp_tot_seqused_k, which is missing");
   Mask mask;
@@ -110,8 +110,8 @@ void check_heads(const char* heads_q_name, std::int64_t heads_q, const char* hea
 }
 
 void check_head_dim(const char* name, std::int64_t head_dim) {
-  require(head_dim >= 1 && head_dim <= max_head_dim, name, " must have a head size from 1 to ", max_head_dim,
-          ", got ", head_dim);
+  require(head_dim >= 1 && head_dim <= max_head_dim, name, " must have a head size from 1 to ", max_head_dim, ", got ",
+          head_dim);
 }
 
 void check_types(const AttentionArguments& a, const ArgumentNames& names) {
@@ -201,8 +201,8 @@ void set_keys(Problem& problem, const AttentionArguments& a, const ArgumentNames
     require(a.k.size(1) >= 1, names.k, " must have a page size of at least 1, got shape ", ShapeOf{a.k});
   } else {
     check_ndim(names.k, a.k, 4, "(b, sk, hk, d), without cu_seqlens_k and page_table");
-    require(a.k.size(0) == problem.batch || a.cache_batch_idx.given(), names.k, " must have batch size ",
-            problem.batch, " as the queries, got shape ", ShapeOf{a.k});
+    require(a.k.size(0) == problem.batch || a.cache_batch_idx.given(), names.k, " must have batch size ", problem.batch,
+            " as the queries, got shape ", ShapeOf{a.k});
   }
   check_extents(names.k, a.k);
   check_heads("q", problem.heads_q, names.k, a.k.size(-2));
@@ -246,8 +246,8 @@ void set_qv(Problem& problem, const AttentionArguments& a) {
   if (!a.qv.given()) return;
   require(a.qv.ndim() == a.q.ndim() && std::equal(a.q.shape(), a.q.shape() + a.q.ndim() - 1, a.qv.shape()) &&
               a.qv.size(-1) == problem.head_dim_v,
-          "qv must have the shape of q, ", ShapeOf{a.q}, ", with the head size of v, ", problem.head_dim_v,
-          ", got ", ShapeOf{a.qv});
+          "qv must have the shape of q, ", ShapeOf{a.q}, ", with the head size of v, ", problem.head_dim_v, ", got ",
+          ShapeOf{a.qv});
   check_contiguous_rows("qv", a.qv);
   problem.qv = rows_of(a.qv);
 }
@@ -271,8 +271,7 @@ void set_appended(Problem& problem, const AttentionArguments& a, const ArgumentN
     check_extents(names.k_new, a.k_new);
     const std::int64_t rows = a.k_new.size(1);
     check_shape(names.k_new, a.k_new, {problem.batch, rows, problem.heads_k, problem.head_dim}, "(b, s_new, hk, d)");
-    check_shape(names.v_new, a.v_new, {problem.batch, rows, problem.heads_k, problem.head_dim_v},
-                "(b, s_new, hk, dv)");
+    check_shape(names.v_new, a.v_new, {problem.batch, rows, problem.heads_k, problem.head_dim_v}, "(b, s_new, hk, dv)");
   }
   check_contiguous_rows(names.k_new, a.k_new);
   check_contiguous_rows(names.v_new, a.v_new);
@@ -292,14 +291,12 @@ void set_rotary(Problem& problem, const AttentionArguments& a, const ArgumentNam
   check_dtype("rotary_sin", a.rotary_sin, {a.rotary_cos.dtype()});
   check_ndim("rotary_cos", a.rotary_cos, 2, "(seqlen_ro, rotary_dim / 2)");
   check_extents("rotary_cos", a.rotary_cos);
-  check_shape("rotary_sin", a.rotary_sin, {a.rotary_cos.size(0), a.rotary_cos.size(1)},
-              "(seqlen_ro, rotary_dim / 2)");
+  check_shape("rotary_sin", a.rotary_sin, {a.rotary_cos.size(0), a.rotary_cos.size(1)}, "(seqlen_ro, rotary_dim / 2)");
   const std::int64_t dim = 2 * a.rotary_cos.size(1);
   require(dim >= 1 && dim <= problem.head_dim && dim % 16 == 0,
           "rotary_cos must have a rotary_dim that is a multiple of 16, at most the head size ", problem.head_dim,
           ", got ", dim);
-  require(a.rotary_cos.size(0) >= 1, "rotary_cos must have at least one position, got shape ",
-          ShapeOf{a.rotary_cos});
+  require(a.rotary_cos.size(0) >= 1, "rotary_cos must have at least one position, got shape ", ShapeOf{a.rotary_cos});
   check_contiguous_rows("rotary_cos", a.rotary_cos);
   check_contiguous_rows("rotary_sin", a.rotary_sin);
   problem.keys.rotary_seqlens = int_vector("rotary_seqlens", a.rotary_seqlens, problem.batch, "(b,)");
@@ -328,7 +325,8 @@ void set_results(Problem& problem, const AttentionArguments& a) {
   check_contiguous_rows("out", a.out);
   problem.out = rows_of(a.out);
   if (a.lse.given()) {
-    problem.lse = log_sum_exp(a.lse, problem.ragged_queries() ? 0 : a.lse.stride(0), a.lse.stride(-2), a.lse.stride(-1));
+    problem.lse =
+        log_sum_exp(a.lse, problem.ragged_queries() ? 0 : a.lse.stride(0), a.lse.stride(-2), a.lse.stride(-1));
   }
 }
 
@@ -354,8 +352,8 @@ Problem make_problem(const AttentionArguments& a, const ArgumentNames& names) {
     problem.v_descale = descale_of("v_descale", a.v_descale, problem, a.q);
   }
   problem.sink = sink_of(a, problem.heads_q);
-  problem.scheduler_metadata = int_vector("scheduler_metadata", a.scheduler_metadata,
-                                          scheduler_metadata_elements(problem.batch), "(b,)");
+  problem.scheduler_metadata =
+      int_vector("scheduler_metadata", a.scheduler_metadata, scheduler_metadata_elements(problem.batch), "(b,)");
   const double scale =
       a.softmax_scale.value_or(1 / std::sqrt(problem.head_dim + (a.qv.given() ? problem.head_dim_v : 0.0)));
   check_finite("softmax_scale", scale);
@@ -379,7 +377,8 @@ Problem make_problem(const SchedulerMetadataArguments& a, const ArgumentNames& n
   problem.head_dim_v = static_cast<int>(a.headdim_v.value_or(a.headdim));
   require(!a.page_size || (*a.page_size >= 1 && *a.page_size <= max_extent), "page_size must be at least 1, got ",
           a.page_size.value_or(0));
-  for (const auto& [name, dtype] : {std::pair{"qkv_dtype", a.qkv_dtype}, {"kv_dtype", a.kv_dtype.value_or(a.qkv_dtype)}}) {
+  for (const auto& [name, dtype] :
+       {std::pair{"qkv_dtype", a.qkv_dtype}, {"kv_dtype", a.kv_dtype.value_or(a.qkv_dtype)}}) {
     if (!(dtype == bfloat16 || dtype == float16 || dtype == float32 || dtype == float8_e4m3fn)) {
       fail(ErrorKind::type, name, " must be bfloat16 or float16 or float32 or float8_e4m3fn, got ", name_of(dtype));
     }
@@ -455,8 +454,8 @@ CombineProblem make_problem(const CombineArguments& a) {
   problem.partial = {memory_of(a.out_partial), ElementType::float32, a.out_partial.stride(1), a.out_partial.stride(2),
                      a.out_partial.stride(3)};
   problem.partial_split_stride = a.out_partial.stride(0);
-  problem.partial_lse = log_sum_exp(a.lse_partial, a.lse_partial.stride(1), a.lse_partial.stride(3),
-                                    a.lse_partial.stride(2));
+  problem.partial_lse =
+      log_sum_exp(a.lse_partial, a.lse_partial.stride(1), a.lse_partial.stride(3), a.lse_partial.stride(2));
   problem.lse_split_stride = a.lse_partial.stride(0);
   problem.out = rows_of(a.out);
   if (a.lse.given()) problem.lse = log_sum_exp(a.lse, a.lse.stride(0), a.lse.stride(2), a.lse.stride(1));

@@ -39,5 +39,4 @@ bool checks_requested();
 /// The same of partial results to be merged.
 CombineProblem make_problem(const CombineArguments& arguments);
 
-
 }  // namespace mate

@@ -86,13 +86,12 @@ void check_dtype(const char* name, const Tensor& tensor, std::initializer_list<D
 }
 
 void check_device(const char* name, const Tensor& tensor, const char* first_name, const Tensor& first) {
-  require(!tensor.given() || tensor.device() == first.device(), name, " is on ", DeviceOf{tensor}, " and ",
-          first_name, " on ", DeviceOf{first}, ": all tensors of a call must be on one device");
+  require(!tensor.given() || tensor.device() == first.device(), name, " is on ", DeviceOf{tensor}, " and ", first_name,
+          " on ", DeviceOf{first}, ": all tensors of a call must be on one device");
 }
 
 void check_ndim(const char* name, const Tensor& tensor, int ndim, const char* letters) {
-  require(tensor.ndim() == ndim, name, " must have ", ndim, " dimensions, ", letters, ", got shape ",
-          ShapeOf{tensor});
+  require(tensor.ndim() == ndim, name, " must have ", ndim, " dimensions, ", letters, ", got shape ", ShapeOf{tensor});
 }
 
 void check_shape(const char* name, const Tensor& tensor, std::initializer_list<std::int64_t> shape,

@@ -96,9 +96,8 @@ void verify_contents(const Problem& problem, const ArgumentNames& names) {
   verify_offsets("cu_seqlens_k", keys.cu_seqlens, problem.batch, keys.rows);
   verify_offsets("cu_seqlens_k_new", keys.cu_seqlens_new, problem.batch, keys.new_rows);
   for (int b = 0; b < problem.batch; ++b) {
-    const int q_capacity = problem.ragged_queries()
-                               ? problem.queries.cu_seqlens[b + 1] - problem.queries.cu_seqlens[b]
-                               : problem.queries.rows;
+    const int q_capacity = problem.ragged_queries() ? problem.queries.cu_seqlens[b + 1] - problem.queries.cu_seqlens[b]
+                                                    : problem.queries.rows;
     verify_range("seqused_q", problem.queries.seqused, b, 0, q_capacity, "the rows of q");
     const int capacity = key_capacity(keys, b);
     verify_range(names.seqused_k, keys.seqused, b, 0, capacity, "the rows there are");

@@ -12,9 +12,10 @@ inline constexpr int max_splits = 256;
 
 /// The shape of the work. Packed row r of a head unit is query row r / pack of head unit * pack + r % pack.
 struct Tiling {
-  int tile_rows = 0;   ///< packed rows of a tile
-  int block_keys = 0;  ///< keys of a block; blocks start at multiples of it, so that a row's sums never depend on its tile
-  int pack = 1;        ///< query heads that share a tile: all of a group, or one
+  int tile_rows = 0;  ///< packed rows of a tile
+  int block_keys =
+      0;         ///< keys of a block; blocks start at multiples of it, so that a row's sums never depend on its tile
+  int pack = 1;  ///< query heads that share a tile: all of a group, or one
 };
 
 /// Packed rows first .. last of a tile.

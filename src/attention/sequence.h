@@ -94,8 +94,8 @@ constexpr Sequence locate_sequence(const QueryLayout& queries, const KeyLayout& 
     s.new_keys = keys.new_rows;
     if (keys.cu_seqlens_new.given()) {
       s.first_new = clamp(keys.cu_seqlens_new[b], 0, keys.new_rows);
-      s.new_keys = clamp(static_cast<long long>(keys.cu_seqlens_new[b + 1]) - s.first_new, 0,
-                         keys.new_rows - s.first_new);
+      s.new_keys =
+          clamp(static_cast<long long>(keys.cu_seqlens_new[b + 1]) - s.first_new, 0, keys.new_rows - s.first_new);
     }
     s.new_keys = clamp(s.new_keys, 0, static_cast<long long>(capacity) - used);
     s.rotary_base = keys.rotary_seqlens.given() ? keys.rotary_seqlens[b] : used;

@@ -11,8 +11,8 @@ constexpr int max_head_dim = 512;
 constexpr std::int64_t min_parallel_elements = 1 << 15;
 
 /// Writes one new row: as it is, unless it is rotated or its type changes.
-void write_row(const Kernels& kernels, const void* source, ElementType source_type,
-               const Rotary* rotary, std::int64_t position, float descale, ElementType type, void* target, int width) {
+void write_row(const Kernels& kernels, const void* source, ElementType source_type, const Rotary* rotary,
+               std::int64_t position, float descale, ElementType type, void* target, int width) {
   float row[max_head_dim];
   float scratch[max_head_dim];
   kernels.widen(source_type, source, 1, row, width);
@@ -28,8 +28,8 @@ void write_row(const Kernels& kernels, const void* source, ElementType source_ty
 
 void append(const Problem& problem) {
   const Kernels& kernel = kernels();
-  const std::int64_t elements = std::int64_t{problem.batch} * problem.keys.new_rows * problem.heads_k *
-                                (problem.head_dim + problem.head_dim_v);
+  const std::int64_t elements =
+      std::int64_t{problem.batch} * problem.keys.new_rows * problem.heads_k * (problem.head_dim + problem.head_dim_v);
   const int workers = elements < min_parallel_elements ? 1 : available_threads() - problem.sm_margin;
   const Rotary* rotary = problem.rotary.given() ? &problem.rotary : nullptr;
   const bool packed = problem.keys.cu_seqlens_new.given();

@@ -181,8 +181,7 @@ class TileAttention {
       const float lse = merge_row(parts, sink_of(head), problem_.head_dim_v, merged);
       const std::int64_t out_row = std::int64_t{sequence_.first_q} + query_row(row);
       const int slot = problem_.query_slot(b_);
-      kernels_.narrow(merged, problem_.out.type, problem_.out.at(slot, out_row, head),
-                      problem_.head_dim_v);
+      kernels_.narrow(merged, problem_.out.type, problem_.out.at(slot, out_row, head), problem_.head_dim_v);
       if (problem_.lse.data != nullptr) problem_.lse.at(slot, head, out_row) = lse;
     }
   }
@@ -199,7 +198,8 @@ class TileAttention {
 
   /// Queries, scaled so that a product with a key is a score in the base-2 domain (or what softcap's tanh takes).
   void load_queries() {
-    const float scale = problem_.softcap > 0 ? problem_.softmax_scale / problem_.softcap : problem_.softmax_scale * log2e;
+    const float scale =
+        problem_.softcap > 0 ? problem_.softmax_scale / problem_.softcap : problem_.softmax_scale * log2e;
     const float factor = scale * problem_.q_descale.at(b_, key_head_);
     const int slot = problem_.query_slot(b_);
     for (int row = 0; row < rows(); ++row) {
@@ -251,7 +251,8 @@ class TileAttention {
                      problem_.head_dim);
       transpose(workspace_.row.data(), 0, problem_.head_dim, column);
       if (problem_.qv.given()) {
-        transpose(workspace_.values.data() + std::int64_t{column} * width_, problem_.head_dim, problem_.head_dim_v, column);
+        transpose(workspace_.values.data() + std::int64_t{column} * width_, problem_.head_dim, problem_.head_dim_v,
+                  column);
       }
     }
   }
@@ -337,8 +338,6 @@ void forward(const Problem& problem) {
   });
 }
 
-std::string describe() {
-  return std::string(kernels().name) + ", " + std::to_string(available_threads()) + " threads";
-}
+std::string describe() { return std::string(kernels().name) + ", " + std::to_string(available_threads()) + " threads"; }
 
 }  // namespace mate::cpu

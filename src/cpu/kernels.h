@@ -29,9 +29,10 @@ struct Kernels {
   /// target[i] = source[i] rounded to `type`.
   void (*narrow)(const float* source, ElementType type, void* target, int count);
 
-  /// scores (rows, block_keys)[:, columns] = queries (rows, depth) . keys (depth, block_keys)[:, columns]. Other columns
-  /// may be written too.
-  void (*multiply_scores)(const float* queries, const float* keys, KeyRange columns, float* scores, int rows, int depth);
+  /// scores (rows, block_keys)[:, columns] = queries (rows, depth) . keys (depth, block_keys)[:, columns]. Other
+  /// columns may be written too.
+  void (*multiply_scores)(const float* queries, const float* keys, KeyRange columns, float* scores, int rows,
+                          int depth);
 
   /// scores[i] = factor * tanh(scores[i]).
   void (*cap_scores)(float* scores, float factor, int count);

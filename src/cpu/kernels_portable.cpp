@@ -68,8 +68,8 @@ constexpr int register_rows = 4;
 constexpr int register_columns = 2 * lanes;
 static_assert(block_keys % register_columns == 0 && width_multiple % register_columns == 0);
 
-// result[r][c] = factors[r] * result[r][c] + sum over i < depth of left[r][i] * right[i][c], in the order of i, for Rows
-// rows and register_columns columns. Without factors the sums start at 0.
+// result[r][c] = factors[r] * result[r][c] + sum over i < depth of left[r][i] * right[i][c], in the order of i, for
+// Rows rows and register_columns columns. Without factors the sums start at 0.
 template <int Rows>
 void multiply_add(const float* left, std::int64_t left_stride, const float* right, std::int64_t right_stride, int depth,
                   const float* factors, float* result, std::int64_t result_stride) {
@@ -93,7 +93,8 @@ void multiply_add(const float* left, std::int64_t left_stride, const float* righ
   }
 }
 
-// Calls multiply(row, count) for groups of register_rows rows, then for single ones. `count` is a compile-time constant.
+// Calls multiply(row, count) for groups of register_rows rows, then for single ones. `count` is a compile-time
+// constant.
 template <typename Multiply>
 void for_row_groups(int rows, const Multiply& multiply) {
   int row = 0;
@@ -113,8 +114,8 @@ void multiply_scores(const float* queries, const float* keys, KeyRange columns, 
   });
 }
 
-void accumulate(const float* weights, KeyRange columns, const float* values, const float* rescale, float* sums, int rows,
-                int width) {
+void accumulate(const float* weights, KeyRange columns, const float* values, const float* rescale, float* sums,
+                int rows, int width) {
   for_row_groups(rows, [&](int row, auto count) {
     for (int column = 0; column < width; column += register_columns) {
       multiply_add<count()>(weights + row * block_keys + columns.begin, block_keys,

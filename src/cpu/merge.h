@@ -19,8 +19,8 @@ struct PartialRow {
   bool saw_nothing() const { return max == -std::numeric_limits<double>::infinity() && !std::isnan(sum); }
 };
 
-/// Writes the attention over all parts to out (width) and returns its lse, natural log. Parts are added in order. A part
-/// that saw nothing is not read.
+/// Writes the attention over all parts to out (width) and returns its lse, natural log. Parts are added in order. A
+/// part that saw nothing is not read.
 inline float merge_row(std::span<const PartialRow> parts, std::optional<double> sink, int width, float* out) {
   constexpr double infinity = std::numeric_limits<double>::infinity();
   double max = -infinity;

@@ -8,15 +8,18 @@
 
 namespace mate::cpu {
 
-/// Rotates the first rotary.dim of `row` to `position`, which is limited to the table. `scratch` holds rotary.dim floats.
+/// Rotates the first rotary.dim of `row` to `position`, which is limited to the table. `scratch` holds rotary.dim
+/// floats.
 inline void rotate(const Rotary& rotary, std::int64_t position, const Kernels& kernels, float* row, float* scratch) {
   const std::int64_t table_row = clamp(position, 0, rotary.rows - 1);
   const int half = rotary.dim / 2;
   float* cos = scratch;
   float* sin = scratch + half;
   const int bytes = bytes_of(rotary.type);
-  kernels.widen(rotary.type, static_cast<const char*>(rotary.cos) + table_row * rotary.cos_stride * bytes, 1, cos, half);
-  kernels.widen(rotary.type, static_cast<const char*>(rotary.sin) + table_row * rotary.sin_stride * bytes, 1, sin, half);
+  kernels.widen(rotary.type, static_cast<const char*>(rotary.cos) + table_row * rotary.cos_stride * bytes, 1, cos,
+                half);
+  kernels.widen(rotary.type, static_cast<const char*>(rotary.sin) + table_row * rotary.sin_stride * bytes, 1, sin,
+                half);
   const int pair_step = rotary.interleaved ? 2 : 1;
   const int partner = rotary.interleaved ? 1 : half;
   for (int i = 0; i < half; ++i) {

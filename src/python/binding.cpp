@@ -22,9 +22,7 @@ mate::Tensor view(const ffi::TensorView& tensor) {
                                const_cast<std::int64_t*>(tensor.strides().data()), tensor.byte_offset()});
 }
 
-mate::Tensor view(const OptionalTensor& tensor) {
-  return tensor.has_value() ? view(tensor.value()) : mate::Tensor();
-}
+mate::Tensor view(const OptionalTensor& tensor) { return tensor.has_value() ? view(tensor.value()) : mate::Tensor(); }
 
 template <typename T>
 std::optional<T> optional(const ffi::Optional<T>& value) {
@@ -56,15 +54,15 @@ void with_python_errors(const Call& call) {
 void attention(bool is_cache_call, ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, OptionalTensor qv,
                OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,
                OptionalTensor seqused_k, OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, OptionalTensor page_table,
-               OptionalTensor cache_batch_idx, OptionalTensor cache_leftpad, OptionalTensor k_new,
-               OptionalTensor v_new, OptionalTensor cu_seqlens_k_new, OptionalTensor rotary_cos,
-               OptionalTensor rotary_sin, OptionalTensor rotary_seqlens, bool rotary_interleaved,
-               ffi::Optional<double> softmax_scale, bool causal, std::int64_t window_left, std::int64_t window_right,
-               std::int64_t attention_chunk, double softcap, OptionalTensor q_descale, OptionalTensor k_descale,
-               OptionalTensor v_descale, OptionalTensor learnable_sink, std::int64_t cp_world_size,
-               std::int64_t cp_rank, OptionalTensor cp_tot_seqused_k, std::int64_t num_splits,
-               ffi::Optional<bool> pack_gqa, std::int64_t sm_margin, OptionalTensor scheduler_metadata,
-               bool batch_invariant, OptionalTensor out, OptionalTensor lse) {
+               OptionalTensor cache_batch_idx, OptionalTensor cache_leftpad, OptionalTensor k_new, OptionalTensor v_new,
+               OptionalTensor cu_seqlens_k_new, OptionalTensor rotary_cos, OptionalTensor rotary_sin,
+               OptionalTensor rotary_seqlens, bool rotary_interleaved, ffi::Optional<double> softmax_scale, bool causal,
+               std::int64_t window_left, std::int64_t window_right, std::int64_t attention_chunk, double softcap,
+               OptionalTensor q_descale, OptionalTensor k_descale, OptionalTensor v_descale,
+               OptionalTensor learnable_sink, std::int64_t cp_world_size, std::int64_t cp_rank,
+               OptionalTensor cp_tot_seqused_k, std::int64_t num_splits, ffi::Optional<bool> pack_gqa,
+               std::int64_t sm_margin, OptionalTensor scheduler_metadata, bool batch_invariant, OptionalTensor out,
+               OptionalTensor lse) {
   with_python_errors([&] {
     mate::attention(
         {
