@@ -1,9 +1,9 @@
-// The public calls: arguments -> Problem -> (Plan and) backend.
+// The public calls: arguments -> Problem -> Plan -> backend.
 #include <mate/attention.h>
 
 #include "attention/arguments.h"
 #include "attention/check.h"
-#include "attention/splits.h"
+#include "attention/plan.h"
 #include "cpu/backend.h"
 
 namespace mate {
@@ -22,8 +22,9 @@ void attention(const AttentionArguments& arguments, const ArgumentNames& names) 
   const Problem problem = make_problem(arguments, names);
   require_backend(arguments.q);
   verify_contents(problem, names);
-  if (problem.keys.appends) cpu::append(problem);
-  cpu::forward(problem);
+  const Plan plan = make_plan(problem, cpu::machine());
+  if (problem.keys.appends) cpu::append(problem, plan);
+  cpu::forward(problem, plan);
 }
 
 void attention(const AttentionArguments& arguments) { attention(arguments, ArgumentNames{}); }
@@ -40,9 +41,9 @@ void scheduler_metadata(const SchedulerMetadataArguments& arguments, const Argum
   const Problem problem = make_problem(arguments, names);
   require_backend(arguments.out);
   verify_contents(problem, names);
-  const std::vector<int> splits = cpu::choose_splits(problem);
+  const Plan plan = make_plan(problem, cpu::machine());
   int* out = static_cast<int*>(arguments.out.data());
-  for (int b = 0; b < problem.batch; ++b) out[b * arguments.out.stride(0)] = splits[b];
+  for (int b = 0; b < problem.batch; ++b) out[b * arguments.out.stride(0)] = plan.splits[b];
 }
 
 void scheduler_metadata(const SchedulerMetadataArguments& arguments) { scheduler_metadata(arguments, ArgumentNames{}); }

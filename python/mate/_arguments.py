@@ -25,9 +25,12 @@ def optional_integer(name: str, value: SupportsIndex | None) -> int | None:
 def number(name: str, value: SupportsFloat) -> float:
     if type(value) is float:
         return value
+    # float() takes strings too.
+    if not hasattr(value, "__float__") and not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a number, got {_describe(value)}")
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number, got {_describe(value)}") from None
 
 

@@ -13,11 +13,19 @@ from torch import Tensor
 
 from mate import _library
 
+# How the calling function calls its arguments, for messages: AttentionCall.names, an index.
+PLAIN_NAMES, CACHE_NAMES, PACKED_NAMES = range(3)
+_USER_NAMES: tuple[dict[str, str], ...] = (
+    {},
+    {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens"},
+    {"q": "qkv", "k": "qkv", "v": "qkv"},
+)
+
 
 class AttentionCall(NamedTuple):
     """All that ``mate::attention`` takes but its results; include/mate/attention.h says what each field means."""
 
-    is_cache_call: bool
+    names: int
     q: Tensor
     k: Tensor
     v: Tensor
@@ -145,13 +153,9 @@ class SchedulerMetadataCall(NamedTuple):
             raise _explained(error, self, out) from None
 
 
-# What callers of flash_attn_with_kvcache call the fields whose names differ.
-_CACHE_NAMES = {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens"}
-
-
 def _explained(error: Exception, call: Any, out: object) -> Exception:
     """The error to raise for one that the library raised: its own, unless a tensor could not even be handed to it."""
-    names = _CACHE_NAMES if getattr(call, "is_cache_call", False) else {}
+    names = _USER_NAMES[getattr(call, "names", PLAIN_NAMES)]
     tensors = {
         names.get(field, field): value
         for field, value in {**call._asdict(), "out": out}.items()

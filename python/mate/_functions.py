@@ -19,8 +19,17 @@ from mate._arguments import (
     optional_number,
     window,
 )
-from mate._calls import AttentionCall, CombineCall, SchedulerMetadataCall
+from mate._calls import (
+    CACHE_NAMES,
+    PACKED_NAMES,
+    PLAIN_NAMES,
+    AttentionCall,
+    CombineCall,
+    SchedulerMetadataCall,
+)
 from mate._dispatch import run_attention, run_combine, run_scheduler_metadata
+
+_NAMES = {"flash_attn_with_kvcache": CACHE_NAMES, "flash_attn_qkvpacked_func": PACKED_NAMES}
 
 Index = SupportsIndex
 Number = SupportsFloat
@@ -628,7 +637,7 @@ def _attention(
     """What all the functions of attention come to. k and v are the cache, or the keys and values themselves."""
     left, right = window(window_size)
     call = AttentionCall(
-        is_cache_call=function == "flash_attn_with_kvcache",
+        names=_NAMES.get(function, PLAIN_NAMES),
         q=q,
         k=k,
         v=v,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mate._calls import AttentionCall, CombineCall, SchedulerMetadataCall
 
-_library = torch.library.Library("mate", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library = torch.library.Library("mate", "FRAGMENT")
 
 # SymInt: a size or a length may be symbolic while a graph is traced.
 _SCHEMA_TYPES = {
@@ -50,8 +50,8 @@ def _define(
         if field in mutated:
             schema_type = schema_type.replace("Tensor", f"Tensor({chr(ord('a') + mutated.index(field))}!)")
         parameters.append(f"{schema_type} {field}")
-    _library.define(f"{name}({', '.join(parameters)}) -> {returns}")  # type: ignore[no-untyped-call]
-    _library.impl(name, lambda *values: make(True, *values), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.define(f"{name}({', '.join(parameters)}) -> {returns}")
+    _library.impl(name, lambda *values: make(True, *values), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mate::{name}", lambda *values: make(False, *values), lib=_library)
     return getattr(torch.ops.mate, name).default
 
@@ -64,8 +64,8 @@ def _raise_no_backward(function: str, grads: Sequence[Tensor | None], inputs: Se
     raise NotImplementedError(f"{function} has no backward: MATE computes the forward pass only")
 
 
-_library.define("no_backward(str function, Tensor?[] grads, Tensor[] inputs) -> Tensor[]")  # type: ignore[no-untyped-call]
-_library.impl("no_backward", _raise_no_backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.define("no_backward(str function, Tensor?[] grads, Tensor[] inputs) -> Tensor[]")
+_library.impl("no_backward", _raise_no_backward, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "mate::no_backward", lambda function, grads, inputs: [torch.empty_like(x) for x in inputs], lib=_library
 )
@@ -102,7 +102,8 @@ class _NoBackward(torch.autograd.Function):
 
 def without_backward(function: str, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The results of an eager call on inputs that require grad, such that backward raises NotImplementedError."""
-    return tuple(_NoBackward.apply(function, len(results), *results, *inputs))  # type: ignore[no-untyped-call]
+    apply: Callable[..., tuple[Tensor, ...]] = _NoBackward.apply
+    return apply(function, len(results), *results, *inputs)
 
 
 # Attention: an operator for each set of arguments that is written to, since a graph copies what may be written.

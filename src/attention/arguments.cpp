@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "check.h"
-#include "splits.h"
+#include "plan.h"
 
 namespace mate {
 namespace {
@@ -60,6 +60,7 @@ LogSumExp log_sum_exp(const Tensor& tensor, std::int64_t slot_stride, std::int64
 Descale descale_of(const char* name, const Tensor& tensor, const Problem& problem, const Tensor& q) {
   if (!tensor.given()) return {};
   check_device(name, tensor, "q", q);
+  check_memory(name, tensor);
   check_dtype(name, tensor, {float32});
   check_shape(name, tensor, {problem.batch, problem.heads_k}, "(b, hk)");
   return {static_cast<const float*>(memory_of(tensor)), tensor.stride(0), tensor.stride(1)};
@@ -116,7 +117,7 @@ void check_head_dim(const char* name, std::int64_t head_dim) {
 
 void check_types(const AttentionArguments& a, const ArgumentNames& names) {
   const DLDataType q = a.q.dtype();
-  check_dtype("q", a.q, {bfloat16, float16, float32, float8_e4m3fn});
+  check_dtype(names.q, a.q, {bfloat16, float16, float32, float8_e4m3fn});
   if (q == bfloat16 || q == float16) {
     check_dtype(names.k, a.k, {q, float8_e4m3fn});
   } else {
@@ -139,8 +140,9 @@ void check_types(const AttentionArguments& a, const ArgumentNames& names) {
   check_dtype("lse", a.lse, {float32});
 }
 
-void check_devices(const AttentionArguments& a, const ArgumentNames& names) {
-  const std::tuple<const char*, const Tensor*> tensors[] = {{names.k, &a.k},
+void check_places(const AttentionArguments& a, const ArgumentNames& names) {
+  const std::tuple<const char*, const Tensor*> tensors[] = {{names.q, &a.q},
+                                                            {names.k, &a.k},
                                                             {names.v, &a.v},
                                                             {"qv", &a.qv},
                                                             {"out", &a.out},
@@ -160,22 +162,28 @@ void check_devices(const AttentionArguments& a, const ArgumentNames& names) {
                                                             {"rotary_seqlens", &a.rotary_seqlens},
                                                             {"learnable_sink", &a.learnable_sink},
                                                             {"scheduler_metadata", &a.scheduler_metadata}};
-  for (const auto& [name, tensor] : tensors) check_device(name, *tensor, "q", a.q);
-  if (a.cp_world_size > 1) check_device("cp_tot_seqused_k", a.cp_tot_seqused_k, "q", a.q);
+  for (const auto& [name, tensor] : tensors) {
+    check_device(name, *tensor, names.q, a.q);
+    check_memory(name, *tensor);
+  }
+  if (a.cp_world_size > 1) {
+    check_device("cp_tot_seqused_k", a.cp_tot_seqused_k, names.q, a.q);
+    check_memory("cp_tot_seqused_k", a.cp_tot_seqused_k);
+  }
 }
 
-void set_queries(Problem& problem, const AttentionArguments& a) {
+void set_queries(Problem& problem, const AttentionArguments& a, const ArgumentNames& names) {
   if (a.cu_seqlens_q.given()) {
     check_ndim("cu_seqlens_q", a.cu_seqlens_q, 1, "(b + 1,)");
     require(a.cu_seqlens_q.size(0) >= 1, "cu_seqlens_q must have shape (b + 1,), got (0,)");
     require(a.max_seqlen_q.has_value(), "max_seqlen_q is required with cu_seqlens_q");
-    check_ndim("q", a.q, 3, "(total_q, h, d), with cu_seqlens_q");
+    check_ndim(names.q, a.q, 3, "(total_q, h, d), with cu_seqlens_q");
   } else {
-    check_ndim("q", a.q, 4, "(b, sq, h, d), without cu_seqlens_q");
+    check_ndim(names.q, a.q, 4, "(b, sq, h, d), without cu_seqlens_q");
   }
-  check_extents("q", a.q);
-  check_head_dim("q", a.q.size(-1));
-  check_contiguous_rows("q", a.q);
+  check_extents(names.q, a.q);
+  check_head_dim(names.q, a.q.size(-1));
+  check_contiguous_rows(names.q, a.q);
   if (a.max_seqlen_q) problem.max_seqlen_q = checked_length("max_seqlen_q", *a.max_seqlen_q);
   problem.batch = static_cast<int>(a.cu_seqlens_q.given() ? a.cu_seqlens_q.size(0) - 1 : a.q.size(0));
   problem.heads_q = static_cast<int>(a.q.size(-2));
@@ -205,7 +213,7 @@ void set_keys(Problem& problem, const AttentionArguments& a, const ArgumentNames
             " as the queries, got shape ", ShapeOf{a.k});
   }
   check_extents(names.k, a.k);
-  check_heads("q", problem.heads_q, names.k, a.k.size(-2));
+  check_heads(names.q, problem.heads_q, names.k, a.k.size(-2));
   require(a.k.size(-1) == problem.head_dim, names.k, " must have the head size of q, ", problem.head_dim,
           ", got shape ", ShapeOf{a.k});
   require(a.v.ndim() == a.k.ndim() && std::equal(a.k.shape(), a.k.shape() + a.k.ndim() - 1, a.v.shape()), names.v,
@@ -333,15 +341,15 @@ void set_results(Problem& problem, const AttentionArguments& a) {
 }  // namespace
 
 Problem make_problem(const AttentionArguments& a, const ArgumentNames& names) {
-  check_given("q", a.q);
+  check_given(names.q, a.q);
   check_given(names.k, a.k);
   check_given(names.v, a.v);
-  check_devices(a, names);
+  check_places(a, names);
   check_types(a, names);
 
   Problem problem;
   set_options(problem, a);
-  set_queries(problem, a);
+  set_queries(problem, a, names);
   set_keys(problem, a, names);
   set_qv(problem, a);
   set_appended(problem, a, names);
@@ -395,6 +403,7 @@ Problem make_problem(const SchedulerMetadataArguments& a, const ArgumentNames& n
                                      {"seqused_q", &a.seqused_q},
                                      {"cache_leftpad", &a.cache_leftpad}}) {
     check_device(name, *tensor, "out", a.out);
+    check_memory(name, *tensor);
   }
   check_dtype("out", a.out, {int32});
   check_shape("out", a.out, {scheduler_metadata_elements(problem.batch)}, "(b,)");
@@ -419,6 +428,7 @@ Problem make_problem(const SchedulerMetadataArguments& a, const ArgumentNames& n
   if (keys.appends) problem.max_seqlen_k = static_cast<int>(max_extent);
   if (problem.mask.cp_world > 1) {
     check_device("cp_tot_seqused_k", a.cp_tot_seqused_k, "out", a.out);
+    check_memory("cp_tot_seqused_k", a.cp_tot_seqused_k);
     keys.cp_total = int_vector("cp_tot_seqused_k", a.cp_tot_seqused_k, problem.batch, "(b,)");
   }
   return problem;
@@ -428,8 +438,10 @@ CombineProblem make_problem(const CombineArguments& a) {
   check_given("out_partial", a.out_partial);
   check_given("lse_partial", a.lse_partial);
   check_given("out", a.out);
-  for (const auto& [name, tensor] : {std::pair{"lse_partial", &a.lse_partial}, {"out", &a.out}, {"lse", &a.lse}}) {
+  for (const auto& [name, tensor] :
+       {std::pair{"out_partial", &a.out_partial}, {"lse_partial", &a.lse_partial}, {"out", &a.out}, {"lse", &a.lse}}) {
     check_device(name, *tensor, "out_partial", a.out_partial);
+    check_memory(name, *tensor);
   }
   check_dtype("out_partial", a.out_partial, {float32});
   check_dtype("lse_partial", a.lse_partial, {float32});

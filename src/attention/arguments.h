@@ -9,6 +9,7 @@ namespace mate {
 
 /// What the caller calls the arguments whose names differ among the functions, for messages.
 struct ArgumentNames {
+  const char* q = "q";
   const char* k = "k";
   const char* v = "v";
   const char* k_new = "k_new";
@@ -17,7 +18,10 @@ struct ArgumentNames {
 };
 
 /// The names of flash_attn_with_kvcache and get_scheduler_metadata.
-inline constexpr ArgumentNames cache_argument_names{"k_cache", "v_cache", "k", "v", "cache_seqlens"};
+inline constexpr ArgumentNames cache_argument_names{"q", "k_cache", "v_cache", "k", "v", "cache_seqlens"};
+
+/// The names of flash_attn_qkvpacked_func.
+inline constexpr ArgumentNames packed_argument_names{"qkv", "qkv", "qkv"};
 
 /// As the functions of the same name in mate/attention.h, with the caller's names of the arguments.
 void attention(const AttentionArguments& arguments, const ArgumentNames& names);

@@ -90,6 +90,12 @@ void check_device(const char* name, const Tensor& tensor, const char* first_name
           " on ", DeviceOf{first}, ": all tensors of a call must be on one device");
 }
 
+void check_memory(const char* name, const Tensor& tensor) {
+  if (!tensor.given() || tensor.data() != nullptr) return;
+  const std::int64_t* end = tensor.shape() + tensor.ndim();
+  require(std::find(tensor.shape(), end, 0) != end, name, " must point to memory, got a null pointer");
+}
+
 void check_ndim(const char* name, const Tensor& tensor, int ndim, const char* letters) {
   require(tensor.ndim() == ndim, name, " must have ", ndim, " dimensions, ", letters, ", got shape ", ShapeOf{tensor});
 }
@@ -115,18 +121,23 @@ void check_extents(const char* name, const Tensor& tensor) {
 
 void check_contiguous_rows(const char* name, const Tensor& tensor) {
   if (!tensor.given()) return;
+  for (int i = 0; i < tensor.ndim() - 1; ++i) {
+    if (tensor.size(i) == 0) return;
+  }
   require(tensor.size(-1) <= 1 || tensor.stride(-1) == 1, name, " must have a contiguous last dimension, got stride ",
           tensor.stride(-1));
 }
 
 void check_disjoint(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+  // The bytes that a tensor spans where they are all its own, else 0: of a tensor with gaps nothing is said.
   const auto bytes = [](const Tensor& t) {
-    std::int64_t count = t.dtype().bits / 8;
-    for (int i = t.ndim() - 1; i >= 0; --i) {
-      if (t.size(i) > 1 && t.stride(i) != count / (t.dtype().bits / 8)) return std::int64_t{0};
-      count *= t.size(i);
+    std::int64_t elements = 1;
+    std::int64_t span = 1;
+    for (int i = 0; i < t.ndim(); ++i) {
+      elements *= t.size(i);
+      span += (t.size(i) - 1) * t.stride(i);
     }
-    return count;
+    return span == elements ? span * t.dtype().bits / 8 : 0;
   };
   const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data());
   const auto other_begin = reinterpret_cast<std::uintptr_t>(other.data());

@@ -50,6 +50,8 @@ void check_given(const char* name, const Tensor& tensor);
 void check_partner(const char* name, const Tensor& tensor, const char* partner, bool partner_given);
 void check_dtype(const char* name, const Tensor& tensor, std::initializer_list<DLDataType> allowed);
 void check_device(const char* name, const Tensor& tensor, const char* first_name, const Tensor& first);
+/// A tensor with elements points somewhere.
+void check_memory(const char* name, const Tensor& tensor);
 /// `letters` is the shape as the documentation writes it: "(b, sq, h, d)".
 void check_ndim(const char* name, const Tensor& tensor, int ndim, const char* letters);
 void check_shape(const char* name, const Tensor& tensor, std::initializer_list<std::int64_t> shape,
@@ -58,7 +60,7 @@ void check_shape(const char* name, const Tensor& tensor, const std::int64_t* sha
 /// Rows, heads and pages are counted in 32 bits.
 void check_extents(const char* name, const Tensor& tensor);
 void check_contiguous_rows(const char* name, const Tensor& tensor);
-/// Two contiguous tensors do not share memory.
+/// Two tensors without gaps, in whatever order their dimensions lie, do not share memory.
 void check_disjoint(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other);
 void check_finite(const char* name, double value);
 int checked_length(const char* name, std::int64_t value);

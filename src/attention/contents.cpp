@@ -74,10 +74,12 @@ void verify_appended(const Problem& problem, const ArgumentNames& names) {
 void verify_rotary(const Problem& problem) {
   for (int b = 0; b < problem.batch; ++b) {
     const Sequence sequence = problem.sequence(b);
-    const std::int64_t rows = std::max(sequence.new_keys, problem.rotary.queries_advance ? sequence.lengths.sq : 1);
-    const std::int64_t last = sequence.rotary_base + std::max<std::int64_t>(rows, 1) - 1;
+    const int queries = problem.rotary.queries_advance ? sequence.lengths.sq : std::min(sequence.lengths.sq, 1);
+    const std::int64_t positions = std::max(sequence.new_keys, queries);
+    if (positions == 0) continue;
     require(sequence.rotary_base >= 0, "rotary_seqlens must not be negative, got ", sequence.rotary_base,
             " for sequence ", b);
+    const std::int64_t last = sequence.rotary_base + positions - 1;
     require(last < problem.rotary.rows, "rotary_cos must reach position ", last, " of sequence ", b, ", got ",
             problem.rotary.rows, " positions");
   }

@@ -84,10 +84,15 @@ constexpr Sequence locate_sequence(const QueryLayout& queries, const KeyLayout& 
   }
   s.lengths.sq = queries.seqused.given() ? clamp(queries.seqused[b], 0, q_capacity) : q_capacity;
 
-  const int capacity = key_capacity(keys, b);
+  // A cache row that there is not holds no keys.
+  const int cache_rows = keys.paged() ? keys.page_rows : keys.slots;
+  s.cache_row = keys.batch_index.given() ? keys.batch_index[b] : keys.cu_seqlens.given() ? 0 : b;
+  const bool exists = s.cache_row >= 0 && s.cache_row < cache_rows;
+  if (!exists) s.cache_row = 0;
+
+  const int capacity = exists ? key_capacity(keys, b) : 0;
   const int used = keys.seqused.given() ? clamp(keys.seqused[b], 0, capacity) : capacity;
   const int leftpad = keys.leftpad.given() ? clamp(keys.leftpad[b], 0, used) : 0;
-  s.cache_row = keys.batch_index.given() ? keys.batch_index[b] : keys.cu_seqlens.given() ? 0 : b;
   s.first_k = leftpad + (keys.cu_seqlens.given() ? clamp(keys.cu_seqlens[b], 0, keys.rows) : 0);
   if (keys.appends) {
     s.append_at = used;

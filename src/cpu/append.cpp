@@ -26,11 +26,11 @@ void write_row(const Kernels& kernels, const void* source, ElementType source_ty
 
 }  // namespace
 
-void append(const Problem& problem) {
+void append(const Problem& problem, const Plan& plan) {
   const Kernels& kernel = kernels();
   const std::int64_t elements =
       std::int64_t{problem.batch} * problem.keys.new_rows * problem.heads_k * (problem.head_dim + problem.head_dim_v);
-  const int workers = elements < min_parallel_elements ? 1 : available_threads() - problem.sm_margin;
+  const int workers = elements < min_parallel_elements ? 1 : plan.workers;
   const Rotary* rotary = problem.rotary.given() ? &problem.rotary : nullptr;
   const bool packed = problem.keys.cu_seqlens_new.given();
   parallel_for(std::int64_t{problem.batch} * problem.heads_k, workers, [&](std::int64_t task) {

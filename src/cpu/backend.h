@@ -2,20 +2,20 @@
 #pragma once
 
 #include <string>
-#include <vector>
 
+#include "attention/plan.h"
 #include "attention/problem.h"
 
 namespace mate::cpu {
 
 /// Writes the new keys, rotated and rounded to the cache's type, into the cache. The problem's contents are verified.
-void append(const Problem& problem);
+void append(const Problem& problem, const Plan& plan);
 
 /// Writes out and lse. The problem's contents are verified, and its new keys appended.
-void forward(const Problem& problem);
+void forward(const Problem& problem, const Plan& plan);
 
-/// The number of splits of each sequence, as forward() would choose them.
-std::vector<int> choose_splits(const Problem& problem);
+/// How forward() will be planned.
+Machine machine();
 
 /// Writes out and lse.
 void combine(const CombineProblem& problem);

@@ -6,7 +6,6 @@
 #include <numbers>
 #include <vector>
 
-#include "attention/splits.h"
 #include "backend.h"
 #include "kernels.h"
 #include "merge.h"
@@ -19,16 +18,13 @@ namespace {
 // Below this many multiplications one thread is done before others have started.
 constexpr double min_parallel_multiplications = 1 << 18;
 
-Tiling tiling_of(const Problem& problem) { return {tile_rows, block_keys, choose_pack(problem)}; }
-
-int workers_of(const Problem& problem) { return std::max(1, available_threads() - problem.sm_margin); }
-
 /// A tile of query rows of one sequence, the same for all head units.
 struct Tile {
   int b;
   int index;
   BlockRange blocks;
   int splits;
+  std::int64_t first_split_tile;  ///< its SplitTile of the first unit, where it has more than one split
 };
 
 /// One piece of work: a split of a tile, for the query heads of one unit.
@@ -40,26 +36,24 @@ struct Task {
 
 /// The work of a call.
 struct Schedule {
-  Tiling tiling;
-  int units;  ///< head units: groups of tiling.pack query heads
   std::vector<Tile> tiles;
   std::vector<Task> tasks;
+  std::int64_t split_tiles = 0;
   double multiplications = 0;
 };
 
-Schedule make_schedule(const Problem& problem, int workers) {
+Schedule make_schedule(const Problem& problem, const Plan& plan) {
   Schedule schedule;
-  schedule.tiling = tiling_of(problem);
-  schedule.units = problem.heads_q / schedule.tiling.pack;
-  const std::vector<int> splits = mate::choose_splits(problem, schedule.tiling, workers);
+  const Tiling& tiling = plan.tiling;
+  const int units = plan.head_units(problem);
   for (int b = 0; b < problem.batch; ++b) {
     const Lengths lengths = problem.sequence(b).lengths;
-    for (int tile = 0; tile < tiles_of(schedule.tiling, lengths.sq); ++tile) {
-      const BlockRange blocks = blocks_of_tile(schedule.tiling, problem.mask, lengths, tile);
-      schedule.tiles.push_back({b, tile, blocks, splits[b]});
-      schedule.multiplications += double{block_keys} * blocks.size() *
-                                  rows_of_tile(schedule.tiling, lengths.sq, tile).count() * schedule.units *
-                                  (problem.head_dim + problem.head_dim_v);
+    for (int tile = 0; tile < tiles_of(tiling, lengths.sq); ++tile) {
+      const BlockRange blocks = blocks_of_tile(tiling, problem.mask, lengths, tile);
+      schedule.tiles.push_back({b, tile, blocks, plan.splits[b], schedule.split_tiles});
+      if (plan.splits[b] > 1) schedule.split_tiles += units;
+      schedule.multiplications += double{block_keys} * blocks.size() * rows_of_tile(tiling, lengths.sq, tile).count() *
+                                  units * (problem.head_dim + problem.head_dim_v);
     }
   }
   // The longest first: whatever is taken last is short, so that all workers end together.
@@ -67,7 +61,7 @@ Schedule make_schedule(const Problem& problem, int workers) {
     return std::int64_t{a.blocks.size()} * b.splits > std::int64_t{b.blocks.size()} * a.splits;
   });
   for (int tile = 0; tile < static_cast<int>(schedule.tiles.size()); ++tile) {
-    for (int unit = 0; unit < schedule.units; ++unit) {
+    for (int unit = 0; unit < units; ++unit) {
       for (int split = 0; split < schedule.tiles[tile].splits; ++split) schedule.tasks.push_back({tile, unit, split});
     }
   }
@@ -124,17 +118,17 @@ thread_local Workspace thread_workspace;
 /// The attention of one tile of query rows of one head unit over some key blocks.
 class TileAttention {
  public:
-  TileAttention(const Problem& problem, const Schedule& schedule, const Tile& tile, int unit)
+  TileAttention(const Problem& problem, const Tiling& tiling, const Tile& tile, int unit)
       : problem_(problem),
         kernels_(kernels()),
         workspace_(thread_workspace),
-        pack_(schedule.tiling.pack),
+        pack_(tiling.pack),
         b_(tile.b),
         first_head_(unit * pack_),
         key_head_(first_head_ / problem.group()),
         sequence_(problem.sequence(tile.b)),
-        rows_(rows_of_tile(schedule.tiling, sequence_.lengths.sq, tile.index)),
-        keys_(keys_of_tile(schedule.tiling, problem.mask, sequence_.lengths, tile.index)),
+        rows_(rows_of_tile(tiling, sequence_.lengths.sq, tile.index)),
+        keys_(keys_of_tile(tiling, problem.mask, sequence_.lengths, tile.index)),
         depth_(problem.head_dim + (problem.qv.given() ? problem.head_dim_v : 0)),
         width_(static_cast<int>(divide_up(problem.head_dim_v, width_multiple)) * width_multiple) {
     workspace_.reserve(depth_, width_);
@@ -307,28 +301,25 @@ void clear_unused_rows(const Problem& problem) {
 
 }  // namespace
 
-std::vector<int> choose_splits(const Problem& problem) {
-  return mate::choose_splits(problem, tiling_of(problem), workers_of(problem));
-}
+Machine machine() { return {tile_rows, block_keys, available_threads()}; }
 
-void forward(const Problem& problem) {
+void forward(const Problem& problem, const Plan& plan) {
   clear_unused_rows(problem);
-  int workers = workers_of(problem);
-  const Schedule schedule = make_schedule(problem, workers);
-  if (schedule.multiplications < min_parallel_multiplications) workers = 1;
+  const Schedule schedule = make_schedule(problem, plan);
+  const int workers = schedule.multiplications < min_parallel_multiplications ? 1 : plan.workers;
 
-  std::vector<SplitTile> split_tiles(schedule.tiles.size() * schedule.units);
+  std::vector<SplitTile> split_tiles(schedule.split_tiles);
   parallel_for(static_cast<std::int64_t>(schedule.tasks.size()), workers, [&](std::int64_t i) {
     const Task& task = schedule.tasks[i];
     const Tile& tile = schedule.tiles[task.tile];
-    TileAttention attention(problem, schedule, tile, task.unit);
+    TileAttention attention(problem, plan.tiling, tile, task.unit);
     if (tile.splits == 1) {
       Partial& partial = thread_workspace.partial;
       attention.run(tile.blocks, partial);
       attention.finish({&partial, 1});
       return;
     }
-    SplitTile& split_tile = split_tiles[std::int64_t{task.tile} * schedule.units + task.unit];
+    SplitTile& split_tile = split_tiles[tile.first_split_tile + task.unit];
     std::call_once(split_tile.allocated, [&] { split_tile.partials = std::make_unique<Partial[]>(tile.splits); });
     attention.run(blocks_of_split(tile.blocks, task.split, tile.splits), split_tile.partials[task.split]);
     if (split_tile.finished.fetch_add(1) + 1 == tile.splits) {

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -69,16 +70,11 @@ constexpr int register_columns = 2 * lanes;
 static_assert(block_keys % register_columns == 0 && width_multiple % register_columns == 0);
 
 // result[r][c] = factors[r] * result[r][c] + sum over i < depth of left[r][i] * right[i][c], in the order of i, for
-// Rows rows and register_columns columns. Without factors the sums start at 0.
+// Rows rows and register_columns columns. Without factors the result is the sum alone.
 template <int Rows>
 void multiply_add(const float* left, std::int64_t left_stride, const float* right, std::int64_t right_stride, int depth,
                   const float* factors, float* result, std::int64_t result_stride) {
-  Float4 sums[Rows][2];
-  for (int r = 0; r < Rows; ++r) {
-    for (int c = 0; c < 2; ++c) {
-      sums[r][c] = factors == nullptr ? Float4{} : factors[r] * load(result + r * result_stride + c * lanes);
-    }
-  }
+  Float4 sums[Rows][2] = {};
   for (int i = 0; i < depth; ++i) {
     const Float4 first = load(right + i * right_stride);
     const Float4 second = load(right + i * right_stride + lanes);
@@ -89,7 +85,10 @@ void multiply_add(const float* left, std::int64_t left_stride, const float* righ
     }
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int c = 0; c < 2; ++c) store(result + r * result_stride + c * lanes, sums[r][c]);
+    for (int c = 0; c < 2; ++c) {
+      float* target = result + r * result_stride + c * lanes;
+      store(target, factors == nullptr ? sums[r][c] : factors[r] * load(target) + sums[r][c]);
+    }
   }
 }
 
@@ -105,11 +104,17 @@ void for_row_groups(int rows, const Multiply& multiply) {
 }
 
 void multiply_scores(const float* queries, const float* keys, KeyRange columns, float* scores, int rows, int depth) {
+  // A wide head is summed in parts: the rounding of one long chain of additions would show.
+  constexpr int part = 64;
+  constexpr float ones[register_rows] = {1, 1, 1, 1};
   const int first = columns.begin / register_columns * register_columns;
   for_row_groups(rows, [&](int row, auto count) {
     for (int column = first; column < columns.end; column += register_columns) {
-      multiply_add<count()>(queries + std::int64_t{row} * depth, depth, keys + column, block_keys, depth, nullptr,
-                            scores + row * block_keys + column, block_keys);
+      for (int i = 0; i < depth; i += part) {
+        multiply_add<count()>(queries + std::int64_t{row} * depth + i, depth, keys + i * block_keys + column,
+                              block_keys, std::min(part, depth - i), i == 0 ? nullptr : ones,
+                              scores + row * block_keys + column, block_keys);
+      }
     }
   });
 }

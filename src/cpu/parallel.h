@@ -31,7 +31,7 @@ void parallel_for(std::int64_t tasks, int workers, const Run& run) {
   std::atomic<std::int64_t> next = 0;
   std::atomic<bool> failed = false;
   std::exception_ptr error;
-  const int threads = static_cast<int>(tasks < workers ? tasks : workers);
+  [[maybe_unused]] const int threads = static_cast<int>(tasks < workers ? tasks : workers);
 #pragma omp parallel num_threads(threads)
   {
     try {

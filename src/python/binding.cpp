@@ -51,7 +51,10 @@ void with_python_errors(const Call& call) {
   }
 }
 
-void attention(bool is_cache_call, ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, OptionalTensor qv,
+/// How a function of Python calls its arguments, by the `Names` of python/mate/_calls.py.
+constexpr mate::ArgumentNames argument_names[] = {{}, mate::cache_argument_names, mate::packed_argument_names};
+
+void attention(std::int64_t names, ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, OptionalTensor qv,
                OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,
                OptionalTensor seqused_k, OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, OptionalTensor page_table,
                OptionalTensor cache_batch_idx, OptionalTensor cache_leftpad, OptionalTensor k_new, OptionalTensor v_new,
@@ -107,7 +110,7 @@ void attention(bool is_cache_call, ffi::TensorView q, ffi::TensorView k, ffi::Te
             .scheduler_metadata = view(scheduler_metadata),
             .batch_invariant = batch_invariant,
         },
-        is_cache_call ? mate::cache_argument_names : mate::ArgumentNames{});
+        argument_names[names]);
   });
 }
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from typing import Any, Callable
+from typing import Any, Callable, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
@@ -341,7 +341,7 @@ def attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: AttentionMask | None,
+    attention_mask: AttentionMask | torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -370,21 +370,20 @@ def attention_forward(
             raise NotImplementedError(f"MATE does not serve {name}")
 
     q_length, kv_length = query.shape[2], key.shape[2]
-    if attention_mask is None:
+    mask = attention_mask
+    if mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        attention_mask = _implied_mask(causal, sliding_window, q_length, kv_length)
-    elif not isinstance(attention_mask, AttentionMask):
-        raise NotImplementedError(
-            "MATE cannot express a mask given as a tensor; give a 2-D mask of padding to the model"
-        )
-    elif (attention_mask.q_length, attention_mask.kv_length) != (q_length, kv_length):
-        made_for = f"{attention_mask.q_length} queries and {attention_mask.kv_length} keys"
+        mask = _implied_mask(causal, sliding_window, q_length, kv_length)
+    if not isinstance(mask, AttentionMask):
+        raise NotImplementedError("MATE cannot express a mask given as a tensor; give the model a 2-D mask of padding")
+    if (mask.q_length, mask.kv_length) != (q_length, kv_length):
+        made_for = f"{mask.q_length} queries and {mask.kv_length} keys"
         raise ValueError(f"the mask is for {made_for}, got {q_length} and {kv_length}")
-    packing = attention_mask.packing
+    packing = mask.packing
     if packing is None and cu_seq_lens_q is not None:
         if cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
             raise ValueError("cu_seq_lens_q needs cu_seq_lens_k, max_length_q and max_length_k")
-        if attention_mask.cache_seqlens is not None:
+        if mask.cache_seqlens is not None:
             raise NotImplementedError("packed sequences (cu_seq_lens_q) combine neither with padding nor with a cache")
         cu_seqlens = (cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32))
         packing = Packing(*cu_seqlens, int(max_length_q), int(max_length_k))
@@ -392,26 +391,22 @@ def attention_forward(
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     options: dict[str, Any] = {
         "softmax_scale": scaling,
-        "causal": attention_mask.visibility.causal,
-        "window_size": attention_mask.visibility.window_size,
-        "attention_chunk": attention_mask.visibility.attention_chunk,
+        "causal": mask.visibility.causal,
+        "window_size": mask.visibility.window_size,
+        "attention_chunk": mask.visibility.attention_chunk,
         "softcap": softcap or 0.0,
         "learnable_sink": s_aux,
     }
     if packing is not None:
         return _packed_attention(q, k, v, packing, options), None
-    if attention_mask.cache_seqlens is not None:
-        out = flash_attn_with_kvcache(
-            q,
-            _contiguous_rows(k),
-            _contiguous_rows(v),
-            cache_seqlens=attention_mask.cache_seqlens,
-            cache_leftpad=attention_mask.cache_leftpad,
-            seqused_q=attention_mask.seqused_q,
-            **options,
-        )
-        return out, None
-    return flash_attn_func(q, k, v, **options), None
+    if mask.cache_seqlens is not None:
+        options |= {
+            "cache_seqlens": mask.cache_seqlens,
+            "cache_leftpad": mask.cache_leftpad,
+            "seqused_q": mask.seqused_q,
+        }
+        return cast(torch.Tensor, flash_attn_with_kvcache(q, _usable_cache(k), _usable_cache(v), **options)), None
+    return cast(torch.Tensor, flash_attn_func(q, k, v, **options)), None
 
 
 def _implied_mask(causal: bool, sliding_window: int | None, q_length: int, kv_length: int) -> AttentionMask:
@@ -434,9 +429,8 @@ def _packed_attention(
     def packed(x: torch.Tensor, tokens: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
         return x.flatten(0, 1) if tokens is None else x[tokens]
 
-    ragged_queries = packing.cu_seqlens_q is not None
-    out = flash_attn_varlen_func(
-        packed(q, packing.query_tokens) if ragged_queries else q,
+    ragged = flash_attn_varlen_func(
+        packed(q, packing.query_tokens) if packing.cu_seqlens_q is not None else q,
         packed(k, packing.key_tokens),
         packed(v, packing.key_tokens),
         packing.cu_seqlens_q,
@@ -445,6 +439,7 @@ def _packed_attention(
         packing.max_seqlen_k,
         **options,
     )
+    out = cast(torch.Tensor, ragged)
     if packing.query_tokens is None:
         return out.view(*q.shape[:3], v.shape[-1])
     padded = out.new_zeros(*q.shape[:3], v.shape[-1])
@@ -452,6 +447,6 @@ def _packed_attention(
     return padded
 
 
-def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+def _usable_cache(x: torch.Tensor) -> torch.Tensor:
     """x, copied only where its last dimension is not contiguous, which a key/value cache may not be."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-#include "splits.h"
+#include "plan.h"
 
 #include <algorithm>
 
@@ -32,11 +32,7 @@ int splits_for(int blocks, std::int64_t blocks_per_split) {
   return clamp(divide_up(blocks, blocks_per_split), 1, max_splits);
 }
 
-}  // namespace
-
-int choose_pack(const Problem& problem) { return problem.pack_gqa == 0 ? 1 : problem.group(); }
-
-std::vector<int> choose_splits(const Problem& problem, const Tiling& tiling, int workers) {
+std::vector<int> choose_splits(const Problem& problem, const Tiling& tiling, int head_units, int workers) {
   std::vector<int> splits(problem.batch, 1);
   if (problem.batch_invariant) {
     for (int b = 0; b < problem.batch; ++b) {
@@ -51,13 +47,23 @@ std::vector<int> choose_splits(const Problem& problem, const Tiling& tiling, int
     std::int64_t blocks = 0;
     for (int b = 0; b < problem.batch; ++b) {
       work[b] = measure(problem, tiling, b);
-      blocks += work[b].blocks * (problem.heads_q / tiling.pack);
+      blocks += work[b].blocks * head_units;
     }
     const std::int64_t blocks_per_split =
         std::max<std::int64_t>(min_blocks_per_split, divide_up(blocks, std::int64_t{workers} * pieces_per_worker));
     for (int b = 0; b < problem.batch; ++b) splits[b] = splits_for(work[b].longest_tile, blocks_per_split);
   }
   return splits;
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem, const Machine& machine) {
+  Plan plan;
+  plan.workers = std::max(1, machine.workers - problem.sm_margin);
+  plan.tiling = {machine.tile_rows, machine.block_keys, problem.pack_gqa == 0 ? 1 : std::max(1, problem.group())};
+  plan.splits = choose_splits(problem, plan.tiling, plan.head_units(problem), plan.workers);
+  return plan;
 }
 
 }  // namespace mate

@@ -1,0 +1,67 @@
+# The commands of the project; `make help` lists them. scripts/setup provides what each of them needs.
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export HF_HUB_OFFLINE ?= 1
+MAKEFLAGS += --no-print-directory
+
+PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
+CXX_FILES = git ls-files --cached --others --exclude-standard -- '*.h' '*.cpp'
+
+.PHONY: help demo test cpp-test python-test build install wheel lint format clean
+
+help: ## List the commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+
+demo: ## A language model writes text with all its attention done by MATE
+	@scripts/setup demo
+	@$(MAKE) install
+	python examples/generate.py
+
+test: ## Every test: C++ under sanitizers and in release, then Python
+	@$(MAKE) cpp-test
+	@$(MAKE) python-test
+
+cpp-test: ## The C++ tests, under AddressSanitizer and UndefinedBehaviorSanitizer, and in release
+	@scripts/setup test
+	@$(MAKE) build-sanitize build-release
+	ctest --preset sanitize
+	ctest --preset release
+
+python-test: ## The Python tests, on the installed packages
+	@scripts/setup test
+	@$(MAKE) install
+	pytest -q
+
+build: ## The release build, with the Python binding in python/mate/_lib (use it with PYTHONPATH=python)
+	@scripts/setup test
+	@$(MAKE) build-release
+
+build-%:
+	@echo "Building the preset $*"
+	@scripts/quietly cmake --preset $*
+	@scripts/quietly cmake --build --preset $*
+
+install: ## Both Python distributions into .venv
+	@scripts/setup demo
+	@echo "Installing mate-attention and flash-attn-3 into .venv"
+	@$(PIP_INSTALL) --no-build-isolation --no-deps --force-reinstall . python/flash-attn-3
+
+wheel: ## Wheels of both distributions, in dist/
+	@scripts/setup demo
+	python -m pip wheel --quiet --no-deps --wheel-dir dist . python/flash-attn-3
+
+lint: ## Check formatting, style and types
+	@scripts/setup lint
+	$(CXX_FILES) | xargs clang-format --dry-run -Werror
+	ruff check --quiet
+	ruff format --check --quiet
+	mypy
+
+format: ## Bring all sources into the project's format
+	@scripts/setup lint
+	$(CXX_FILES) | xargs clang-format -i
+	ruff check --quiet --fix
+	ruff format --quiet
+
+clean: ## Remove what was built; .venv stays
+	rm -rf build dist python/mate/_lib python/flash-attn-3/build python/flash-attn-3/*.egg-info

@@ -1,0 +1,70 @@
+"""Inputs that require grad: the forward pass is served, the backward pass says that it is not."""
+
+from types import ModuleType
+
+import pytest
+import torch
+from calls import FUNCTIONS, Call, draw_some
+from judge import same_bits
+
+
+def differentiable(function: str, device: str) -> Call:
+    """A call of the function whose tensors may require grad."""
+
+    def has_rows(call: Call) -> bool:
+        a = call.normalised
+        return a.q.numel() > 0 and a.k.numel() > 0 and "out" not in call.arguments and call.returns_lse
+
+    types = [(torch.bfloat16, torch.bfloat16)]
+    (call,) = draw_some(1, 3, has_rows, device=device, functions=(function,), types=types, append=False)
+    call.with_metadata = False
+    return call
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("which", ["first", "all"])
+def test_backward_names_the_function(mate: ModuleType, device: str, function: str, which: str) -> None:
+    call = differentiable(function, device)
+    want = call.run(mate)
+    names = ["qkv"] if "qkv" in call.arguments else ["q"]
+    if which == "all":
+        names = [name for name in ("qkv", "q", "k", "v", "qv", "k_cache", "v_cache") if name in call.arguments]
+    for name in names:
+        call.arguments[name] = call.arguments[name].detach().requires_grad_()
+    out, lse = call.run(mate)
+    assert same_bits((out, lse), want)
+    assert out.requires_grad
+    with pytest.raises(NotImplementedError, match=function):
+        out.float().nansum().backward()
+
+
+def test_backward_of_combine(mate: ModuleType, device: str) -> None:
+    out = torch.randn(2, 1, 3, 2, 8, device=device, requires_grad=True)
+    lse = torch.randn(2, 1, 3, 2, device=device)
+    merged, _ = mate.flash_attn_combine(out, lse)
+    assert same_bits(merged, mate.flash_attn_combine(out.detach(), lse)[0])
+    with pytest.raises(NotImplementedError, match="flash_attn_combine"):
+        merged.sum().backward()
+
+
+def test_backward_of_append(mate: ModuleType, device: str) -> None:
+    """New keys that require grad are written into the cache all the same."""
+    q, k = (torch.randn(1, 1, 2, 8, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    cache = torch.zeros(1, 4, 2, 8, device=device, dtype=torch.bfloat16)
+    out = mate.flash_attn_with_kvcache(q, cache, cache.clone(), k, k, cache_seqlens=2)
+    assert same_bits(cache[:, 2:3], k.detach())
+    with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_without_grad_nothing_is_recorded(mate: ModuleType, device: str, function: str) -> None:
+    call = differentiable(function, device)
+    name = "qkv" if "qkv" in call.arguments else "q"
+    call.arguments[name] = call.arguments[name].detach().requires_grad_()
+    with torch.no_grad():
+        out, lse = call.run(mate)
+    assert not out.requires_grad
+    assert not lse.requires_grad
+    with torch.inference_mode():
+        assert same_bits(call.run(mate), (out, lse))
