@@ -18,8 +18,8 @@ void require_backend(const Tensor& tensor) {
 
 }  // namespace
 
-void attention(const AttentionArguments& arguments, const ArgumentNames& names) {
-  const Problem problem = make_problem(arguments, names);
+void attention(const AttentionArguments& arguments, const ArgumentNames& names, const Allocate& allocate) {
+  const Problem problem = make_problem(arguments, names, allocate);
   require_backend(arguments.q);
   verify_contents(problem, names);
   const Plan plan = make_plan(problem, cpu::machine());

@@ -66,23 +66,38 @@ class AttentionCall(NamedTuple):
     batch_invariant: bool = False
 
     def new_out(self) -> Tensor:
-        """An uninitialised ``out``. Its shape means nothing where q or v has a wrong one, which the library refuses."""
+        """An uninitialised ``out``, as the library makes it, for what traces a call."""
         dtype = torch.bfloat16 if self.q.dtype is torch.float8_e4m3fn else self.q.dtype
-        return self.q.new_empty((*self.q.shape[:-1], *self.v.shape[-1:]), dtype=dtype)
+        return self.q.new_empty(self.q.shape[:-1] + self.v.shape[-1:], dtype=dtype)
 
     def new_lse(self) -> Tensor:
-        """An uninitialised ``lse``, with the same reservation."""
+        """An uninitialised ``lse``. Its shape means nothing where q has a wrong one, which the library refuses."""
         *batch, sq, h = self.q.shape[:-1] if self.q.dim() >= 3 else (0, 0)
         return self.q.new_empty((*batch, h, sq), dtype=torch.float32)
 
-    def differentiable(self) -> tuple[Tensor | None, ...]:
-        """The inputs that a gradient could be asked of."""
-        return (self.q, self.k, self.v, self.qv, self.k_new, self.v_new, self.learnable_sink)
+    def requires_grad(self) -> bool:
+        q, k, v, qv, k_new, v_new, sink = self.q, self.k, self.v, self.qv, self.k_new, self.v_new, self.learnable_sink
+        # Spelled out: this is asked of every call, and a loop would take longer than the rest of the checks together.
+        return (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (qv is not None and qv.requires_grad)
+            or (k_new is not None and k_new.requires_grad)
+            or (v_new is not None and v_new.requires_grad)
+            or (sink is not None and sink.requires_grad)
+        )
 
-    def run(self, out: Tensor, lse: Tensor | None) -> None:
-        """Writes ``out``, and ``lse`` where it is given."""
+    def differentiable(self) -> list[Tensor]:
+        """The inputs that require grad."""
+        inputs = (self.q, self.k, self.v, self.qv, self.k_new, self.v_new, self.learnable_sink)
+        return [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+
+    def run(self, out: Tensor | None, lse: Tensor | None) -> Tensor:
+        """Writes ``out`` (which the library makes where it is None), and ``lse`` where it is given. Returns out."""
         try:
-            _library.attention(*self, out, lse)
+            made: Tensor | None = _library.attention(*self, out, lse)
+            return out if made is None else made  # type: ignore[return-value]
         except Exception as error:
             raise _explained(error, self, out) from None
 

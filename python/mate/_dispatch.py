@@ -21,15 +21,12 @@ def run_attention(
     """out, and lse where it is wanted."""
     if _is_traced(call.q):
         return _operators.attention(function, call, out, with_lse)
-    result = call.new_out() if out is None else out
     lse = call.new_lse() if with_lse else None
-    call.run(result, lse)
-    if torch.is_grad_enabled():
-        inputs = [x for x in call.differentiable() if x is not None and x.requires_grad]
-        if inputs:
-            results = (result,) if lse is None else (result, lse)
-            result, *rest = _operators.without_backward(function, results, inputs)
-            lse = rest[0] if rest else None
+    result = call.run(out, lse)
+    if torch.is_grad_enabled() and call.requires_grad():
+        results = (result,) if lse is None else (result, lse)
+        result, *rest = _operators.without_backward(function, results, call.differentiable())
+        lse = rest[0] if rest else None
     return result, lse
 
 

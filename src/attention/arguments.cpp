@@ -320,18 +320,22 @@ void set_rotary(Problem& problem, const AttentionArguments& a, const ArgumentNam
   rotary.queries_advance = problem.mask.bounded();
 }
 
-void set_results(Problem& problem, const AttentionArguments& a) {
-  check_given("out", a.out);
+void set_results(Problem& problem, const AttentionArguments& a, const Allocate& allocate) {
+  const bool ragged = problem.ragged_queries();
   const std::int64_t rows = problem.queries.rows;
-  if (problem.ragged_queries()) {
-    check_shape("out", a.out, {rows, problem.heads_q, problem.head_dim_v}, "(total_q, h, dv)");
-    check_shape("lse", a.lse, {problem.heads_q, rows}, "(h, total_q)");
-  } else {
-    check_shape("out", a.out, {problem.batch, rows, problem.heads_q, problem.head_dim_v}, "(b, sq, h, dv)");
-    check_shape("lse", a.lse, {problem.batch, problem.heads_q, rows}, "(b, h, sq)");
-  }
+  // Without the leading dimension when ragged.
+  const std::int64_t out_shape[] = {problem.batch, rows, problem.heads_q, problem.head_dim_v};
+  const std::int64_t lse_shape[] = {problem.batch, problem.heads_q, rows};
+  check_shape("out", a.out, out_shape + ragged, 4 - ragged, ragged ? "(total_q, h, dv)" : "(b, sq, h, dv)");
+  check_shape("lse", a.lse, lse_shape + ragged, 3 - ragged, ragged ? "(h, total_q)" : "(b, h, sq)");
   check_contiguous_rows("out", a.out);
-  problem.out = rows_of(a.out);
+  if (!a.out.given() && allocate) {
+    const DLDataType dtype = a.q.dtype() == float8_e4m3fn ? bfloat16 : a.q.dtype();
+    problem.out = rows_of(allocate(dtype, out_shape + ragged, 4 - ragged));
+  } else {
+    check_given("out", a.out);
+    problem.out = rows_of(a.out);
+  }
   if (a.lse.given()) {
     problem.lse =
         log_sum_exp(a.lse, problem.ragged_queries() ? 0 : a.lse.stride(0), a.lse.stride(-2), a.lse.stride(-1));
@@ -340,7 +344,7 @@ void set_results(Problem& problem, const AttentionArguments& a) {
 
 }  // namespace
 
-Problem make_problem(const AttentionArguments& a, const ArgumentNames& names) {
+Problem make_problem(const AttentionArguments& a, const ArgumentNames& names, const Allocate& allocate) {
   check_given(names.q, a.q);
   check_given(names.k, a.k);
   check_given(names.v, a.v);
@@ -368,7 +372,7 @@ Problem make_problem(const AttentionArguments& a, const ArgumentNames& names) {
   check_finite("softcap", a.softcap);
   problem.softmax_scale = static_cast<float>(scale);
   problem.softcap = static_cast<float>(std::max(a.softcap, 0.0));
-  set_results(problem, a);
+  set_results(problem, a, allocate);
   return problem;
 }
 

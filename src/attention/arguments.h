@@ -3,6 +3,9 @@
 
 #include <mate/attention.h>
 
+#include <cstdint>
+#include <functional>
+
 #include "problem.h"
 
 namespace mate {
@@ -23,12 +26,17 @@ inline constexpr ArgumentNames cache_argument_names{"q", "k_cache", "v_cache", "
 /// The names of flash_attn_qkvpacked_func.
 inline constexpr ArgumentNames packed_argument_names{"qkv", "qkv", "qkv"};
 
+/// Makes the memory of a result that the caller did not give.
+using Allocate = std::function<Tensor(DLDataType dtype, const std::int64_t* shape, int ndim)>;
+
 /// As the functions of the same name in mate/attention.h, with the caller's names of the arguments.
-void attention(const AttentionArguments& arguments, const ArgumentNames& names);
+/// `allocate`, where there is one, makes `out` where it is not given.
+void attention(const AttentionArguments& arguments, const ArgumentNames& names, const Allocate& allocate = nullptr);
 void scheduler_metadata(const SchedulerMetadataArguments& arguments, const ArgumentNames& names);
 
 /// Checks everything that the host knows without reading the tensors' memory. Throws Error, which names the argument.
-Problem make_problem(const AttentionArguments& arguments, const ArgumentNames& names);
+Problem make_problem(const AttentionArguments& arguments, const ArgumentNames& names,
+                     const Allocate& allocate = nullptr);
 
 /// The same of a call for which only the lengths are known.
 Problem make_problem(const SchedulerMetadataArguments& arguments, const ArgumentNames& names);

@@ -88,11 +88,12 @@ struct SplitTile {
 
 /// A thread's own memory. It depends on head sizes alone.
 struct Workspace {
-  std::vector<float> queries;  ///< (rows, depth)
-  std::vector<float> keys;     ///< (depth, block_keys): transposed
-  std::vector<float> values;   ///< (block_keys, width)
-  std::vector<float> scores;   ///< (rows, block_keys)
-  std::vector<float> row;      ///< one row of q, k, v or out
+  std::vector<float> queries;   ///< (rows, depth)
+  std::vector<float> key_rows;  ///< (block_keys, d)
+  std::vector<float> keys;      ///< (depth, block_keys): transposed
+  std::vector<float> values;    ///< (block_keys, width)
+  std::vector<float> scores;    ///< (rows, block_keys)
+  std::vector<float> row;       ///< one row of q, k, v or out
   std::vector<float> scratch;
   std::vector<KeyRange> visible;  ///< keys that each row sees
   std::vector<float> rescale;
@@ -103,6 +104,7 @@ struct Workspace {
       if (memory.size() < size) memory.resize(size);
     };
     grow(queries, std::size_t{tile_rows} * depth);
+    grow(key_rows, std::size_t{block_keys} * depth);
     grow(keys, std::size_t(depth) * block_keys);
     grow(values, std::size_t{block_keys} * width);
     grow(scores, std::size_t{tile_rows} * block_keys);
@@ -220,34 +222,38 @@ class TileAttention {
     return scratch;
   }
 
-  const void* key_row(const Rows& rows, int key) const {
-    const Location at = locate_key(problem_.keys, sequence_, key);
-    return rows.at(at.slot, at.row, key_head_);
-  }
-
-  void load_values(int first_key, KeyRange columns) {
-    const float descale = problem_.v_descale.at(b_, key_head_);
-    for (int column = columns.begin; column < columns.end; ++column) {
-      kernels_.widen(problem_.v.type, key_row(problem_.v, first_key + column), descale,
-                     workspace_.values.data() + std::int64_t{column} * width_, problem_.head_dim_v);
+  /// Widens the first `count` elements of the rows of keys first_key + columns to rows of target.
+  void load_rows(const Rows& rows, float factor, int count, int first_key, KeyRange columns, float* target,
+                 int target_stride) {
+    const std::int64_t row_bytes = rows.row_stride * bytes_of(rows.type);
+    int column = columns.begin;
+    while (column < columns.end) {
+      // Rows of one page, or of a cache without pages, lie at one distance from each other.
+      const Location first = locate_key(problem_.keys, sequence_, first_key + column);
+      const std::int64_t rest = columns.end - column;
+      const std::int64_t run =
+          problem_.keys.paged() ? std::min<std::int64_t>(rest, problem_.keys.rows - first.row) : rest;
+      const char* source = static_cast<const char*>(rows.at(first.slot, first.row, key_head_));
+      for (const int end = column + static_cast<int>(run); column < end; ++column, source += row_bytes) {
+        kernels_.widen(rows.type, source, factor, target + std::int64_t{column} * target_stride, count);
+      }
     }
   }
 
-  /// Keys, and under them the values where qv meets them.
+  void load_values(int first_key, KeyRange columns) {
+    load_rows(problem_.v, problem_.v_descale.at(b_, key_head_), problem_.head_dim_v, first_key, columns,
+              workspace_.values.data(), width_);
+  }
+
+  /// Keys, transposed, and under them the values where qv meets them.
   void load_keys(int first_key, KeyRange columns) {
-    const float descale = problem_.k_descale.at(b_, key_head_);
-    const auto transpose = [&](const float* source, int first, int count, int column) {
-      float* target = workspace_.keys.data() + std::int64_t{first} * block_keys + column;
-      for (int i = 0; i < count; ++i) target[std::int64_t{i} * block_keys] = source[i];
-    };
-    for (int column = columns.begin; column < columns.end; ++column) {
-      kernels_.widen(problem_.k.type, key_row(problem_.k, first_key + column), descale, workspace_.row.data(),
-                     problem_.head_dim);
-      transpose(workspace_.row.data(), 0, problem_.head_dim, column);
-      if (problem_.qv.given()) {
-        transpose(workspace_.values.data() + std::int64_t{column} * width_, problem_.head_dim, problem_.head_dim_v,
-                  column);
-      }
+    load_rows(problem_.k, problem_.k_descale.at(b_, key_head_), problem_.head_dim, first_key, columns,
+              workspace_.key_rows.data(), problem_.head_dim);
+    float* keys = workspace_.keys.data();
+    kernels_.transpose(workspace_.key_rows.data(), problem_.head_dim, columns, problem_.head_dim, keys);
+    if (problem_.qv.given()) {
+      kernels_.transpose(workspace_.values.data(), width_, columns, problem_.head_dim_v,
+                         keys + std::int64_t{problem_.head_dim} * block_keys);
     }
   }
 

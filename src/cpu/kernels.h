@@ -29,6 +29,10 @@ struct Kernels {
   /// target[i] = source[i] rounded to `type`.
   void (*narrow)(const float* source, ElementType type, void* target, int count);
 
+  /// target (width, block_keys)[:, columns] = rows (block_keys, row_stride)[columns, :width], transposed. Columns up to
+  /// the next multiple of 4 on either side may be written too.
+  void (*transpose)(const float* rows, int row_stride, KeyRange columns, int width, float* target);
+
   /// scores (rows, block_keys)[:, columns] = queries (rows, depth) . keys (depth, block_keys)[:, columns]. Other
   /// columns may be written too.
   void (*multiply_scores)(const float* queries, const float* keys, KeyRange columns, float* scores, int rows,

@@ -16,13 +16,18 @@ constexpr float negative_infinity = -std::numeric_limits<float>::infinity();
 
 template <typename Storage, typename Convert>
 void widen_all(const void* source, float factor, float* target, int count, Convert convert) {
-  const auto* values = static_cast<const Storage*>(source);
-  for (int i = 0; i < count; ++i) target[i] = factor * convert(values[i]);
+  const auto* __restrict values = static_cast<const Storage*>(source);
+  float* __restrict results = target;
+  for (int i = 0; i < count; ++i) results[i] = factor * convert(values[i]);
 }
 
 void widen(ElementType type, const void* source, float factor, float* target, int count) {
   switch (type) {
     case ElementType::float32:
+      if (factor == 1) {
+        std::memcpy(target, source, std::size_t(count) * sizeof(float));
+        return;
+      }
       return widen_all<float>(source, factor, target, count, [](float x) { return x; });
     case ElementType::float16:
       return widen_all<std::uint16_t>(source, factor, target, count, widen_float16);
@@ -35,8 +40,9 @@ void widen(ElementType type, const void* source, float factor, float* target, in
 
 template <typename Storage, typename Convert>
 void narrow_all(const float* source, void* target, int count, Convert convert) {
-  auto* values = static_cast<Storage*>(target);
-  for (int i = 0; i < count; ++i) values[i] = convert(source[i]);
+  auto* __restrict values = static_cast<Storage*>(target);
+  const float* __restrict numbers = source;
+  for (int i = 0; i < count; ++i) values[i] = convert(numbers[i]);
 }
 
 void narrow(const float* source, ElementType type, void* target, int count) {
@@ -64,28 +70,55 @@ Float4 load(const float* source) {
 
 void store(float* target, Float4 value) { std::memcpy(target, &value, sizeof(value)); }
 
+void transpose(const float* rows, int row_stride, KeyRange columns, int width, float* target) {
+  for (int column = columns.begin / lanes * lanes; column < columns.end; column += lanes) {
+    const float* first = rows + std::int64_t{column} * row_stride;
+    float* to = target + column;
+    int i = 0;
+    for (; i + lanes <= width; i += lanes) {
+      const Float4 a = load(first + i);
+      const Float4 b = load(first + row_stride + i);
+      const Float4 c = load(first + 2 * row_stride + i);
+      const Float4 d = load(first + 3 * row_stride + i);
+      const Float4 ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+      const Float4 cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+      const Float4 ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Float4 cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      store(to + std::int64_t{i} * block_keys, __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5));
+      store(to + std::int64_t{i + 1} * block_keys, __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7));
+      store(to + std::int64_t{i + 2} * block_keys, __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5));
+      store(to + std::int64_t{i + 3} * block_keys, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
+    }
+    for (; i < width; ++i) {
+      for (int lane = 0; lane < lanes; ++lane) to[std::int64_t{i} * block_keys + lane] = first[lane * row_stride + i];
+    }
+  }
+}
+
 // The part of a product that stays in registers while its depth is run through.
 constexpr int register_rows = 4;
 constexpr int register_columns = 2 * lanes;
-static_assert(block_keys % register_columns == 0 && width_multiple % register_columns == 0);
+// A row alone takes more columns, since each sum has to wait for its last addition.
+constexpr int columns_of_rows(int rows) { return rows == 1 ? 2 * register_columns : register_columns; }
+static_assert(block_keys % columns_of_rows(1) == 0 && width_multiple % columns_of_rows(1) == 0);
 
 // result[r][c] = factors[r] * result[r][c] + sum over i < depth of left[r][i] * right[i][c], in the order of i, for
-// Rows rows and register_columns columns. Without factors the result is the sum alone.
+// Rows rows and columns_of_rows(Rows) columns. Without factors the result is the sum alone.
 template <int Rows>
 void multiply_add(const float* left, std::int64_t left_stride, const float* right, std::int64_t right_stride, int depth,
                   const float* factors, float* result, std::int64_t result_stride) {
-  Float4 sums[Rows][2] = {};
+  constexpr int vectors = columns_of_rows(Rows) / lanes;
+  Float4 sums[Rows][vectors] = {};
   for (int i = 0; i < depth; ++i) {
-    const Float4 first = load(right + i * right_stride);
-    const Float4 second = load(right + i * right_stride + lanes);
+    Float4 values[vectors];
+    for (int c = 0; c < vectors; ++c) values[c] = load(right + i * right_stride + c * lanes);
     for (int r = 0; r < Rows; ++r) {
       const float factor = left[r * left_stride + i];
-      sums[r][0] += factor * first;
-      sums[r][1] += factor * second;
+      for (int c = 0; c < vectors; ++c) sums[r][c] += factor * values[c];
     }
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int c = 0; c < 2; ++c) {
+    for (int c = 0; c < vectors; ++c) {
       float* target = result + r * result_stride + c * lanes;
       store(target, factors == nullptr ? sums[r][c] : factors[r] * load(target) + sums[r][c]);
     }
@@ -107,9 +140,9 @@ void multiply_scores(const float* queries, const float* keys, KeyRange columns, 
   // A wide head is summed in parts: the rounding of one long chain of additions would show.
   constexpr int part = 64;
   constexpr float ones[register_rows] = {1, 1, 1, 1};
-  const int first = columns.begin / register_columns * register_columns;
   for_row_groups(rows, [&](int row, auto count) {
-    for (int column = first; column < columns.end; column += register_columns) {
+    constexpr int step = columns_of_rows(count());
+    for (int column = columns.begin / step * step; column < columns.end; column += step) {
       for (int i = 0; i < depth; i += part) {
         multiply_add<count()>(queries + std::int64_t{row} * depth + i, depth, keys + i * block_keys + column,
                               block_keys, std::min(part, depth - i), i == 0 ? nullptr : ones,
@@ -122,7 +155,7 @@ void multiply_scores(const float* queries, const float* keys, KeyRange columns, 
 void accumulate(const float* weights, KeyRange columns, const float* values, const float* rescale, float* sums,
                 int rows, int width) {
   for_row_groups(rows, [&](int row, auto count) {
-    for (int column = 0; column < width; column += register_columns) {
+    for (int column = 0; column < width; column += columns_of_rows(count())) {
       multiply_add<count()>(weights + row * block_keys + columns.begin, block_keys,
                             values + std::int64_t{columns.begin} * width + column, width, columns.size(), rescale + row,
                             sums + std::int64_t{row} * width + column, width);
@@ -176,7 +209,7 @@ float update_softmax(float* scores, KeyRange visible, RunningSoftmax& row) {
 }  // namespace
 
 const Kernels portable_kernels{
-    "portable", widen, narrow, multiply_scores, cap_scores, update_softmax, accumulate,
+    "portable", widen, narrow, transpose, multiply_scores, cap_scores, update_softmax, accumulate,
 };
 
 }  // namespace mate::cpu

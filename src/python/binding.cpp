@@ -1,6 +1,7 @@
 // The functions that python/mate calls, through tvm-ffi: each takes the fields of one arguments struct in their order.
 #include <mate/attention.h>
 #include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
@@ -54,18 +55,19 @@ void with_python_errors(const Call& call) {
 /// How a function of Python calls its arguments, by the `Names` of python/mate/_calls.py.
 constexpr mate::ArgumentNames argument_names[] = {{}, mate::cache_argument_names, mate::packed_argument_names};
 
-void attention(std::int64_t names, ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, OptionalTensor qv,
-               OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,
-               OptionalTensor seqused_k, OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, OptionalTensor page_table,
-               OptionalTensor cache_batch_idx, OptionalTensor cache_leftpad, OptionalTensor k_new, OptionalTensor v_new,
-               OptionalTensor cu_seqlens_k_new, OptionalTensor rotary_cos, OptionalTensor rotary_sin,
-               OptionalTensor rotary_seqlens, bool rotary_interleaved, ffi::Optional<double> softmax_scale, bool causal,
-               std::int64_t window_left, std::int64_t window_right, std::int64_t attention_chunk, double softcap,
-               OptionalTensor q_descale, OptionalTensor k_descale, OptionalTensor v_descale,
-               OptionalTensor learnable_sink, std::int64_t cp_world_size, std::int64_t cp_rank,
-               OptionalTensor cp_tot_seqused_k, std::int64_t num_splits, ffi::Optional<bool> pack_gqa,
-               std::int64_t sm_margin, OptionalTensor scheduler_metadata, bool batch_invariant, OptionalTensor out,
-               OptionalTensor lse) {
+/// Returns out where it was not given: tvm-ffi makes it a tensor of the caller's framework, by that one's allocator.
+ffi::Optional<ffi::Tensor> attention(
+    std::int64_t names, ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, OptionalTensor qv,
+    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q, OptionalTensor seqused_k,
+    OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, OptionalTensor page_table, OptionalTensor cache_batch_idx,
+    OptionalTensor cache_leftpad, OptionalTensor k_new, OptionalTensor v_new, OptionalTensor cu_seqlens_k_new,
+    OptionalTensor rotary_cos, OptionalTensor rotary_sin, OptionalTensor rotary_seqlens, bool rotary_interleaved,
+    ffi::Optional<double> softmax_scale, bool causal, std::int64_t window_left, std::int64_t window_right,
+    std::int64_t attention_chunk, double softcap, OptionalTensor q_descale, OptionalTensor k_descale,
+    OptionalTensor v_descale, OptionalTensor learnable_sink, std::int64_t cp_world_size, std::int64_t cp_rank,
+    OptionalTensor cp_tot_seqused_k, std::int64_t num_splits, ffi::Optional<bool> pack_gqa, std::int64_t sm_margin,
+    OptionalTensor scheduler_metadata, bool batch_invariant, OptionalTensor out, OptionalTensor lse) {
+  ffi::Optional<ffi::Tensor> result;
   with_python_errors([&] {
     mate::attention(
         {
@@ -110,8 +112,12 @@ void attention(std::int64_t names, ffi::TensorView q, ffi::TensorView k, ffi::Te
             .scheduler_metadata = view(scheduler_metadata),
             .batch_invariant = batch_invariant,
         },
-        argument_names[names]);
+        argument_names[names], [&](DLDataType dtype, const std::int64_t* shape, int ndim) {
+          result = ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ffi::ShapeView(shape, ndim), dtype, q.device());
+          return mate::Tensor(*result.value().GetDLTensorPtr());
+        });
   });
+  return result;
 }
 
 void combine(ffi::TensorView out_partial, ffi::TensorView lse_partial, OptionalTensor out, OptionalTensor lse) {

@@ -629,6 +629,27 @@ def test_a_device_without_a_backend(mate: ModuleType, valid: Callable[[], Call])
         getattr(mate, call.function)(**on_meta(call))
 
 
+class MusaTensor(torch.Tensor):
+    """A tensor on a MUSA device, as far as one can be had without the device: it has no memory."""
+
+    @staticmethod
+    def __new__(cls, shape: Any) -> "MusaTensor":
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bfloat16, device="musa")
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.new_empty.default:
+            return cls(args[1])
+        return function._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
+
+
+def test_musa_has_no_backend_yet(mate: ModuleType) -> None:
+    torch.utils.rename_privateuse1_backend("musa")
+    q = MusaTensor((1, 2, 3, 8))
+    with pytest.raises(NotImplementedError, match="musa"):
+        mate.flash_attn_func(q, q, q)
+
+
 def test_a_message_says_what_it_was_and_what_it_must_be(mate: ModuleType) -> None:
     call = paged()
     call.arguments["page_table"] = call.arguments["page_table"].long()
