@@ -3,6 +3,7 @@
 
 #include "attention/arguments.h"
 #include "attention/check.h"
+#include "attention/contents.h"
 #include "attention/plan.h"
 #include "cpu/backend.h"
 
@@ -10,24 +11,28 @@ namespace mate {
 namespace {
 
 void require_backend(const Tensor& tensor) {
-  if (tensor.device().device_type != kDLCPU) {
-    fail(ErrorKind::not_implemented, "MATE has no backend for the device ", DeviceOf{tensor},
-         ": tensors must be on the CPU");
+  if (!is_host(tensor.device())) {
+    fail(ErrorKind::not_implemented, "MATE has no backend for the device ", DeviceOf{tensor});
   }
 }
 
 }  // namespace
 
 void attention(const AttentionArguments& arguments, const ArgumentNames& names, const Allocate& allocate) {
-  const Problem problem = make_problem(arguments, names, allocate);
+  Problem problem = make_problem(arguments, names);
   require_backend(arguments.q);
   verify_contents(problem, names);
+  if (allocate && !arguments.out.given()) {
+    allocate_out(problem, arguments, allocate);
+  } else {
+    check_given("out", arguments.out);
+  }
   const Plan plan = make_plan(problem, cpu::machine());
   if (problem.keys.appends) cpu::append(problem, plan);
   cpu::forward(problem, plan);
 }
 
-void attention(const AttentionArguments& arguments) { attention(arguments, ArgumentNames{}); }
+void attention(const AttentionArguments& arguments) { attention(arguments, ArgumentNames{}, nullptr); }
 
 void combine(const CombineArguments& arguments) {
   const CombineProblem problem = make_problem(arguments);
@@ -37,16 +42,26 @@ void combine(const CombineArguments& arguments) {
 
 std::int64_t scheduler_metadata_size(std::int64_t batch_size) { return scheduler_metadata_elements(batch_size); }
 
-void scheduler_metadata(const SchedulerMetadataArguments& arguments, const ArgumentNames& names) {
+void scheduler_metadata(const SchedulerMetadataArguments& arguments, const ArgumentNames& names,
+                        const Allocate& allocate) {
   const Problem problem = make_problem(arguments, names);
-  require_backend(arguments.out);
+  const Tensor& lengths = arguments.seqused_k.given() ? arguments.seqused_k : arguments.cu_seqlens_k;
+  require_backend(lengths);
   verify_contents(problem, names);
+  Tensor out = arguments.out;
+  if (allocate && !out.given()) {
+    const std::int64_t elements = scheduler_metadata_elements(problem.batch);
+    out = allocate(int32, lengths.device(), &elements, 1);
+    check_place("out", out, names.seqused_k, lengths);
+  }
+  check_given("out", out);
   const Plan plan = make_plan(problem, cpu::machine());
-  int* out = static_cast<int*>(arguments.out.data());
-  for (int b = 0; b < problem.batch; ++b) out[b * arguments.out.stride(0)] = plan.splits[b];
+  for (int b = 0; b < problem.batch; ++b) static_cast<int*>(out.data())[b * out.stride(0)] = plan.splits[b];
 }
 
-void scheduler_metadata(const SchedulerMetadataArguments& arguments) { scheduler_metadata(arguments, ArgumentNames{}); }
+void scheduler_metadata(const SchedulerMetadataArguments& arguments) {
+  scheduler_metadata(arguments, ArgumentNames{}, nullptr);
+}
 
 std::string describe_backends() { return "cpu: " + cpu::describe(); }
 

@@ -23,7 +23,7 @@ Tensor::Tensor(const void* data, DLDataType dtype, std::initializer_list<std::in
                                       " dimensions, got " + std::to_string(strides.size()));
   }
   set_shape(shape.begin(), static_cast<int>(shape.size()));
-  std::copy(strides.begin(), strides.end(), strides_.begin());
+  std::copy_n(strides.begin(), std::min(ndim_, max_ndim), strides_.begin());
 }
 
 Tensor::Tensor(const DLTensor& tensor)
@@ -34,22 +34,18 @@ Tensor::Tensor(const DLTensor& tensor)
   if (tensor.strides == nullptr) {
     set_contiguous_strides();
   } else {
-    std::copy(tensor.strides, tensor.strides + tensor.ndim, strides_.begin());
+    std::copy_n(tensor.strides, std::min(ndim_, max_ndim), strides_.begin());
   }
 }
 
 void Tensor::set_shape(const std::int64_t* shape, int ndim) {
-  if (ndim > max_ndim) {
-    throw Error(ErrorKind::value,
-                "a tensor must have at most " + std::to_string(max_ndim) + " dimensions, got " + std::to_string(ndim));
-  }
-  ndim_ = ndim;
-  std::copy(shape, shape + ndim, shape_.begin());
+  ndim_ = std::max(ndim, 0);
+  std::copy_n(shape, std::min(ndim_, max_ndim), shape_.begin());
 }
 
 void Tensor::set_contiguous_strides() {
   std::int64_t stride = 1;
-  for (int i = ndim_ - 1; i >= 0; --i) {
+  for (int i = std::min(ndim_, max_ndim) - 1; i >= 0; --i) {
     strides_[i] = stride;
     stride *= shape_[i];
   }

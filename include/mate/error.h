@@ -12,8 +12,8 @@ enum class ErrorKind {
   not_implemented  ///< what no backend serves (Python: NotImplementedError)
 };
 
-/// Every function of MATE reports failure by throwing this, before it has written anything.
-/// what() names the argument, what it was and what it must be.
+/// Every function of MATE refuses a wrong argument by throwing this, before it has written anything. what() names the
+/// argument, what it was and what it must be. Memory that cannot be had is a std::bad_alloc.
 class Error : public std::runtime_error {
  public:
   Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}

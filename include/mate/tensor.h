@@ -25,11 +25,13 @@ constexpr bool operator==(const DLDevice& a, const DLDevice& b) {
 /// elements). A default-constructed view means "not given".
 class Tensor {
  public:
+  /// No call takes more dimensions. A view of more keeps the first of its extents, for the message that refuses it.
   static constexpr int max_ndim = 6;
 
   constexpr Tensor() = default;
 
-  /// A contiguous (row-major) tensor. Throws mate::Error (value) for more than max_ndim dimensions.
+  /// A contiguous (row-major) tensor. Inputs are never written to; that results point to memory which may be written is
+  /// the caller's affair.
   Tensor(const void* data, DLDataType dtype, std::initializer_list<std::int64_t> shape, DLDevice device = {kDLCPU, 0});
 
   /// Any strides, in elements. Throws mate::Error (value) where shape and strides differ in length.

@@ -6,12 +6,15 @@ import operator
 from collections.abc import Sequence
 from typing import Any, SupportsFloat, SupportsIndex
 
+import torch
 from torch import Tensor
 
 
 def integer(name: str, value: SupportsIndex) -> int:
     if type(value) is int:
         return value
+    if isinstance(value, torch.SymInt):  # of a graph that is being traced: a number would fix it
+        return value  # type: ignore[return-value]
     try:
         return operator.index(value)
     except TypeError:
@@ -25,6 +28,8 @@ def optional_integer(name: str, value: SupportsIndex | None) -> int | None:
 def number(name: str, value: SupportsFloat) -> float:
     if type(value) is float:
         return value
+    if isinstance(value, torch.SymFloat):
+        return value  # type: ignore[return-value]
     # float() takes strings too.
     if not hasattr(value, "__float__") and not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be a number, got {_describe(value)}")
@@ -45,7 +50,7 @@ def window(window_size: Sequence[SupportsIndex | None]) -> tuple[int, int]:
     except TypeError:
         raise TypeError(f"window_size must be a sequence of two integers, got {_describe(window_size)}") from None
     except ValueError:
-        raise ValueError(f"window_size must have two elements, got {len(window_size)}") from None
+        raise ValueError(f"window_size must have two elements, got {window_size!r}") from None
     return (
         -1 if left is None else integer("window_size", left),
         -1 if right is None else integer("window_size", right),
@@ -54,6 +59,22 @@ def window(window_size: Sequence[SupportsIndex | None]) -> tuple[int, int]:
 
 def chunk(attention_chunk: SupportsIndex | None) -> int:
     return 0 if attention_chunk is None else integer("attention_chunk", attention_chunk)
+
+
+def lengths(name: str, value: SupportsIndex | Tensor, batch: int, device: torch.device | None) -> Tensor:
+    """A length for each sequence: the tensor itself, or (batch,) of one integer."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        return value
+    length = integer(name, value)
+    if not 0 <= length < 2**31:
+        raise ValueError(f"{name} must be from 0 to 2**31 - 1, got {length}")
+    return torch.full((batch,), length, dtype=torch.int32, device=device)
+
+
+def dtype(name: str, value: torch.dtype) -> torch.dtype:
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype, got {_describe(value)}")
+    return value
 
 
 def one_of(**aliases: Any) -> Any:
@@ -67,9 +88,12 @@ def one_of(**aliases: Any) -> Any:
 def contiguous_rows(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy where its last dimension is not contiguous."""
     check_tensor(name, tensor)
-    # The first question is the cheaper one, and enough for most.
-    if tensor.is_contiguous() or tensor.stride(-1) == 1:
-        return tensor
+    try:
+        # The first question is the cheaper one, and enough for most.
+        if tensor.is_contiguous() or tensor.stride(-1) == 1:
+            return tensor
+    except RuntimeError:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}") from None
     return tensor.contiguous()
 
 

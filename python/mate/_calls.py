@@ -75,23 +75,11 @@ class AttentionCall(NamedTuple):
         *batch, sq, h = self.q.shape[:-1] if self.q.dim() >= 3 else (0, 0)
         return self.q.new_empty((*batch, h, sq), dtype=torch.float32)
 
-    def requires_grad(self) -> bool:
-        q, k, v, qv, k_new, v_new, sink = self.q, self.k, self.v, self.qv, self.k_new, self.v_new, self.learnable_sink
-        # Spelled out: this is asked of every call, and a loop would take longer than the rest of the checks together.
-        return (
-            q.requires_grad
-            or k.requires_grad
-            or v.requires_grad
-            or (qv is not None and qv.requires_grad)
-            or (k_new is not None and k_new.requires_grad)
-            or (v_new is not None and v_new.requires_grad)
-            or (sink is not None and sink.requires_grad)
-        )
-
     def differentiable(self) -> list[Tensor]:
         """The inputs that require grad."""
-        inputs = (self.q, self.k, self.v, self.qv, self.k_new, self.v_new, self.learnable_sink)
-        return [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+        inputs = (self.q, self.k, self.v, self.qv, self.k_new, self.v_new, self.rotary_cos, self.rotary_sin)
+        scales = (self.q_descale, self.k_descale, self.v_descale, self.learnable_sink)
+        return [x for x in inputs + scales if isinstance(x, Tensor) and x.requires_grad]
 
     def run(self, out: Tensor | None, lse: Tensor | None) -> Tensor:
         """Writes ``out`` (which the library makes where it is None), and ``lse`` where it is given. Returns out."""
@@ -110,6 +98,9 @@ class CombineCall(NamedTuple):
 
     def new_out(self, dtype: torch.dtype) -> Tensor:
         return self.out_partial.new_empty(self.out_partial.shape[1:], dtype=dtype)
+
+    def differentiable(self) -> list[Tensor]:
+        return [tensor for tensor in self if tensor.requires_grad]
 
     def new_lse(self) -> Tensor:
         return self.lse_partial.new_empty(self.lse_partial.shape[1:], dtype=torch.float32)
@@ -155,36 +146,48 @@ class SchedulerMetadataCall(NamedTuple):
     cp_tot_seqused_k: Tensor | None
     batch_invariant: bool
 
-    def new_out(self) -> Tensor:
-        lengths = self.cache_seqlens if self.cache_seqlens is not None else self.cu_seqlens_k
-        device = None if lengths is None else lengths.device
-        elements = _library.scheduler_metadata_size(max(0, self.batch_size))
-        return torch.empty(elements, dtype=torch.int32, device=device)
+    def lengths(self) -> Tensor | None:
+        """The tensor that says where the metadata belongs."""
+        return self.cu_seqlens_k if self.cache_seqlens is None else self.cache_seqlens
 
-    def run(self, out: Tensor) -> None:
+    def new_out(self) -> Tensor:
+        """Uninitialised metadata, as the library makes it, for what traces a call."""
+        lengths = self.lengths()
+        return torch.empty(self.batch_size, dtype=torch.int32, device=None if lengths is None else lengths.device)
+
+    def run(self, out: Tensor | None) -> Tensor:
+        """Writes ``out``, which the library makes where it is None, and returns it."""
         try:
-            _library.scheduler_metadata(*self, out)
+            made: Tensor | None = _library.scheduler_metadata(*self, out)
+            return out if made is None else made  # type: ignore[return-value]
         except Exception as error:
             raise _explained(error, self, out) from None
 
 
 def _explained(error: Exception, call: Any, out: object) -> Exception:
-    """The error to raise for one that the library raised: its own, unless a tensor could not even be handed to it."""
+    """The error to raise for one of the library's: its own, unless an argument could not even be handed to it."""
     names = _USER_NAMES[getattr(call, "names", PLAIN_NAMES)]
-    tensors = {
-        names.get(field, field): value
-        for field, value in {**call._asdict(), "out": out}.items()
-        if value is not None and "Tensor" in str(call.__annotations__.get(field, "Tensor"))
-    }
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    (first_name, first), *others = ((name, tensor.device) for name, tensor in tensors.items())
-    if first.type in ("cpu", "cuda") and all(device.type in ("cpu", "cuda") for _, device in others):
+    tensors = []
+    for field, value in (*call._asdict().items(), ("out", out)):
+        name = names.get(field, field)
+        annotation = str(call.__annotations__.get(field, "Tensor | None"))
+        if "Tensor" in annotation:
+            if value is None and "None" in annotation:
+                continue
+            if not isinstance(value, Tensor):
+                return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+            if value.layout is not torch.strided:
+                return TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+            tensors.append((name, value.device))
+        elif type(value) is int and not -(2**63) <= value < 2**63:
+            name = "window_size" if field.startswith("window") else name
+            return ValueError(f"{name} must fit in 64 bits, got {value}")
+    if not tensors or all(device.type in ("cpu", "cuda") for _, device in tensors):
         return error
-    for name, device in others:
+    first_name, first = tensors[0]
+    for name, device in tensors:
         if device != first:
             return ValueError(
                 f"{name} is on {device} and {first_name} on {first}: all tensors of a call must be on one device"
             )
-    return NotImplementedError(f"MATE has no backend for the device {first}: tensors must be on the CPU")
+    return NotImplementedError(f"MATE has no backend for the device {first}")

@@ -12,7 +12,9 @@ from mate._arguments import (
     check_tensor,
     chunk,
     contiguous_rows,
+    dtype,
     integer,
+    lengths,
     number,
     one_of,
     optional_integer,
@@ -324,10 +326,8 @@ def flash_attn_with_kvcache(
         has its partial results in the last two places.
     """
     check_tensor("q", q)
-    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
-        length = integer("cache_seqlens", cache_seqlens)
-        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        cache_seqlens = torch.full((batch,), length, dtype=torch.int32, device=q.device)
+    if cache_seqlens is not None:
+        cache_seqlens = lengths("cache_seqlens", cache_seqlens, _batch_size(q, cu_seqlens_q), q.device)
     result = _attention(
         "flash_attn_with_kvcache",
         contiguous_rows("q", q),
@@ -467,14 +467,12 @@ def flash_attn_combine(
         TypeError, ValueError: as :func:`flash_attn_func`.
     """
     check_tensor("lse_partial", lse_partial)
+    if out_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
     if out is not None:
         check_tensor("out", out)
         if out_dtype is not None and out.dtype != out_dtype:
             raise TypeError(f"out must be {out_dtype}, the out_dtype that was given, got {out.dtype}")
-    elif out_dtype is None:
-        out_dtype = torch.float32
-    elif out_dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
     call = CombineCall(contiguous_rows("out_partial", out_partial), lse_partial)
     return run_combine("flash_attn_combine", call, out, out_dtype or torch.float32)
 
@@ -549,12 +547,23 @@ def get_scheduler_metadata(
     Raises:
         TypeError, ValueError, NotImplementedError: as :func:`flash_attn_func`.
     """
-    lengths = one_of(cache_seqlens=cache_seqlens, seqused_k=seqused_k)
+    neighbours = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "cu_seqlens_k_new": cu_seqlens_k_new,
+        "seqused_q": seqused_q,
+        "cache_leftpad": cache_leftpad,
+        "cp_tot_seqused_k": cp_tot_seqused_k,
+        "out": out,
+    }
+    neighbours = {name: tensor for name, tensor in neighbours.items() if tensor is not None}
+    for name, tensor in neighbours.items():
+        check_tensor(name, tensor)
     batch = integer("batch_size", batch_size)
-    if lengths is not None and not isinstance(lengths, Tensor):
-        neighbours = (out, cu_seqlens_q, cu_seqlens_k_new, seqused_q, cache_leftpad, cp_tot_seqused_k)
-        device = next((tensor.device for tensor in neighbours if tensor is not None), None)
-        lengths = torch.full((max(0, batch),), integer("cache_seqlens", lengths), dtype=torch.int32, device=device)
+    used = one_of(cache_seqlens=cache_seqlens, seqused_k=seqused_k)
+    if used is not None:
+        device = next((tensor.device for tensor in neighbours.values() if tensor is not None), None)
+        used = lengths("cache_seqlens", used, min(max(batch, 0), 2**31 - 1), device)
     left, right = window(window_size)
     call = SchedulerMetadataCall(
         batch_size=batch,
@@ -564,9 +573,9 @@ def get_scheduler_metadata(
         num_heads_kv=integer("num_heads_kv", num_heads_kv),
         headdim=integer("headdim", headdim),
         headdim_v=optional_integer("headdim_v", headdim_v),
-        qkv_dtype=qkv_dtype,
-        kv_dtype=kv_dtype,
-        cache_seqlens=lengths,
+        qkv_dtype=dtype("qkv_dtype", qkv_dtype),
+        kv_dtype=None if kv_dtype is None else dtype("kv_dtype", kv_dtype),
+        cache_seqlens=used,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         cu_seqlens_k_new=cu_seqlens_k_new,
@@ -635,6 +644,8 @@ def _attention(
     rotary_interleaved: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What all the functions of attention come to. k and v are the cache, or the keys and values themselves."""
+    if out is not None:
+        check_tensor("out", out)
     left, right = window(window_size)
     # By position, in the order of the fields: by keyword it would take twice as long.
     call = AttentionCall(
@@ -680,6 +691,14 @@ def _attention(
     )
     out, lse = run_attention(function, call, out, bool(return_lse))
     return out if lse is None else (out, lse)
+
+
+def _batch_size(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
+    """How many sequences there are; of shapes that the library refuses, anything."""
+    if cu_seqlens_q is None:
+        return q.shape[0] if q.dim() else 0
+    check_tensor("cu_seqlens_q", cu_seqlens_q)
+    return max(0, cu_seqlens_q.numel() - 1)
 
 
 def _sink(learnable_sink: Tensor | None, sinks: Tensor | None, s_aux: Tensor | None) -> Tensor | None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 # PyTorch comes first: the library then shares its OpenMP threads.
-import torch  # noqa: F401
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("MATE takes PyTorch's tensors: install PyTorch first, in the build for your device") from error
 import tvm_ffi
 
 # Of the exceptions that the library raises, the one that tvm_ffi does not know by itself.
@@ -16,6 +19,5 @@ _module = tvm_ffi.load_module(Path(__file__).parent / "_lib" / "libmate_python.s
 attention = _module.attention
 combine = _module.combine
 scheduler_metadata = _module.scheduler_metadata
-scheduler_metadata_size = _module.scheduler_metadata_size
 describe_backends = _module.describe_backends
 version = _module.version

@@ -20,6 +20,7 @@ _SCHEMA_TYPES = {
     "str": "str",
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
+    "Sequence[Tensor]": "Tensor[]",
     "bool": "bool",
     "bool | None": "bool?",
     "int": "SymInt",
@@ -106,6 +107,30 @@ def without_backward(function: str, results: Sequence[Tensor], inputs: Sequence[
     return apply(function, len(results), *results, *inputs)
 
 
+# The same for operators that write to their arguments and so have no place for a backward: results go through this.
+_define(
+    "without_backward",
+    {"function": "str", "result": "Tensor", "inputs": "Sequence[Tensor]"},
+    (),
+    "Tensor",
+    lambda run, function, result, inputs: result.clone(),
+)
+
+
+def _register_no_backward_of_inputs() -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.function = inputs[0]
+        ctx.save_for_backward(*inputs[2])
+
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        return None, None, torch.ops.mate.no_backward(ctx.function, [grad], list(ctx.saved_tensors))
+
+    torch.library.register_autograd("mate::without_backward", backward, setup_context=setup_context, lib=_library)
+
+
+_register_no_backward_of_inputs()
+
+
 # Attention: an operator for each set of arguments that is written to, since a graph copies what may be written.
 
 
@@ -142,17 +167,24 @@ _register_no_backward("attention")
 
 def attention(function: str, call: AttentionCall, out: Tensor | None, with_lse: bool) -> tuple[Tensor, Tensor | None]:
     appends = call.k_new is not None
-    if appends or out is not None:
-        # Operators that write to an argument have no place for a backward, so that theirs is cut off.
-        fields: list[Any] = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in call]
-        call = AttentionCall(*fields)
+    if not appends and out is None:
+        result, lse = _attention(function, *call, with_lse)
+        return result, lse if with_lse else None
+
+    inputs = call.differentiable() if torch.is_grad_enabled() else []
+    if inputs and out is not None:
+        result, lse_or_none = attention(function, call, None, with_lse)
+        return out.copy_(result), lse_or_none
+    detached: list[Any] = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in call]
     if out is None:
-        operator = _attention_append if appends else _attention
-        out, lse = operator(function, *call, with_lse)
+        result, lse = _attention_append(function, *detached, with_lse)
     else:
         operator = _attention_append_out if appends else _attention_out
-        lse = operator(function, *call, with_lse, out)
-    return out, lse if with_lse else None
+        result, lse = out, operator(function, *detached, with_lse, out)
+    if inputs:
+        result = torch.ops.mate.without_backward(function, result, inputs)
+        lse = torch.ops.mate.without_backward(function, lse, inputs)
+    return result, lse if with_lse else None
 
 
 # Combine.
@@ -184,7 +216,10 @@ def combine(function: str, call: CombineCall, out: Tensor | None, out_dtype: tor
     if out is None:
         results: tuple[Tensor, Tensor] = _combine(function, *call, out_dtype)
         return results
-    return out, _combine_out(function, *(x.detach() for x in call), out)
+    if torch.is_grad_enabled() and call.differentiable():
+        result, lse = combine(function, call, None, out.dtype)
+        return out.copy_(result), lse
+    return out, _combine_out(function, *call, out)
 
 
 # Scheduler metadata.

@@ -1,7 +1,10 @@
 #include "arguments.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
+#include <span>
 #include <tuple>
 #include <utility>
 
@@ -10,8 +13,6 @@
 
 namespace mate {
 namespace {
-
-constexpr std::int64_t max_head_dim = 512;
 
 // Stands for the memory of a tensor without elements, which may have none: a null pointer means "not given".
 constexpr int no_elements = 0;
@@ -59,14 +60,13 @@ LogSumExp log_sum_exp(const Tensor& tensor, std::int64_t slot_stride, std::int64
 
 Descale descale_of(const char* name, const Tensor& tensor, const Problem& problem, const Tensor& q) {
   if (!tensor.given()) return {};
-  check_device(name, tensor, "q", q);
-  check_memory(name, tensor);
+  check_place(name, tensor, "q", q);
   check_dtype(name, tensor, {float32});
   check_shape(name, tensor, {problem.batch, problem.heads_k}, "(b, hk)");
   return {static_cast<const float*>(memory_of(tensor)), tensor.stride(0), tensor.stride(1)};
 }
 
-Vector sink_of(const AttentionArguments& a, int heads_q) {
+Sink sink_of(const AttentionArguments& a, int heads_q) {
   if (!a.learnable_sink.given()) return {};
   check_dtype("learnable_sink", a.learnable_sink, {float32, float16, bfloat16});
   check_shape("learnable_sink", a.learnable_sink, {heads_q}, "(h,)");
@@ -74,11 +74,11 @@ Vector sink_of(const AttentionArguments& a, int heads_q) {
 }
 
 /// Bounds that exceed every length are as good as 2**31 - 1, and fit an int.
-int bound(std::int64_t value) { return value < 0 ? -1 : static_cast<int>(std::min(value, max_extent)); }
+int bound(std::int64_t value) { return value < 0 ? -1 : static_cast<int>(std::min<std::int64_t>(value, max_length)); }
 
 template <typename Arguments>
 Mask mask_of(const Arguments& a) {
-  require(a.cp_world_size >= 1 && a.cp_world_size <= max_extent, "cp_world_size must be from 1 to 2**31 - 1, got ",
+  require(a.cp_world_size >= 1 && a.cp_world_size <= max_length, "cp_world_size must be from 1 to 2**31 - 1, got ",
           a.cp_world_size);
   require(a.cp_rank >= 0 && a.cp_rank < a.cp_world_size,
           "cp_rank must be from 0 to cp_world_size - 1 = ", a.cp_world_size - 1, ", got ", a.cp_rank);
@@ -115,22 +115,29 @@ void check_head_dim(const char* name, std::int64_t head_dim) {
           head_dim);
 }
 
+constexpr DLDataType query_types[] = {bfloat16, float16, float32, float8_e4m3fn};
+
+/// The types of k and v that go with queries of a type; new keys and values come in either.
+std::span<const DLDataType> key_types(DLDataType q) {
+  static constexpr DLDataType types[][2] = {
+      {bfloat16, float8_e4m3fn}, {float16, float8_e4m3fn}, {float32}, {float8_e4m3fn}};
+  if (q == bfloat16) return types[0];
+  if (q == float16) return types[1];
+  return std::span(types[q == float32 ? 2 : 3], 1);
+}
+
 void check_types(const AttentionArguments& a, const ArgumentNames& names) {
   const DLDataType q = a.q.dtype();
-  check_dtype(names.q, a.q, {bfloat16, float16, float32, float8_e4m3fn});
-  if (q == bfloat16 || q == float16) {
-    check_dtype(names.k, a.k, {q, float8_e4m3fn});
-  } else {
-    check_dtype(names.k, a.k, {q});
-  }
+  check_dtype(names.q, a.q, query_types);
+  check_dtype(names.k, a.k, key_types(q));
   check_dtype(names.v, a.v, {a.k.dtype()});
   check_dtype("qv", a.qv, {q});
-  if (q == a.k.dtype()) {
-    check_dtype(names.k_new, a.k_new, {q});
-    check_dtype(names.v_new, a.v_new, {q});
-  } else {
-    check_dtype(names.k_new, a.k_new, {q, a.k.dtype()});
-    check_dtype(names.v_new, a.v_new, {q, a.k.dtype()});
+  for (const auto& [name, tensor] : {std::pair{names.k_new, &a.k_new}, {names.v_new, &a.v_new}}) {
+    if (q == a.k.dtype()) {
+      check_dtype(name, *tensor, {q});
+    } else {
+      check_dtype(name, *tensor, {q, a.k.dtype()});
+    }
   }
   if (q == float8_e4m3fn) {
     check_dtype("out", a.out, {bfloat16, float16});
@@ -163,13 +170,9 @@ void check_places(const AttentionArguments& a, const ArgumentNames& names) {
                                                             {"learnable_sink", &a.learnable_sink},
                                                             {"scheduler_metadata", &a.scheduler_metadata}};
   for (const auto& [name, tensor] : tensors) {
-    check_device(name, *tensor, names.q, a.q);
-    check_memory(name, *tensor);
+    check_place(name, *tensor, names.q, a.q);
   }
-  if (a.cp_world_size > 1) {
-    check_device("cp_tot_seqused_k", a.cp_tot_seqused_k, names.q, a.q);
-    check_memory("cp_tot_seqused_k", a.cp_tot_seqused_k);
-  }
+  if (a.cp_world_size > 1) check_place("cp_tot_seqused_k", a.cp_tot_seqused_k, names.q, a.q);
 }
 
 void set_queries(Problem& problem, const AttentionArguments& a, const ArgumentNames& names) {
@@ -281,6 +284,8 @@ void set_appended(Problem& problem, const AttentionArguments& a, const ArgumentN
     check_shape(names.k_new, a.k_new, {problem.batch, rows, problem.heads_k, problem.head_dim}, "(b, s_new, hk, d)");
     check_shape(names.v_new, a.v_new, {problem.batch, rows, problem.heads_k, problem.head_dim_v}, "(b, s_new, hk, dv)");
   }
+  check_writable(names.k, a.k);
+  check_writable(names.v, a.v);
   check_contiguous_rows(names.k_new, a.k_new);
   check_contiguous_rows(names.v_new, a.v_new);
   keys.new_rows = static_cast<int>(a.k_new.size(-3));
@@ -320,31 +325,39 @@ void set_rotary(Problem& problem, const AttentionArguments& a, const ArgumentNam
   rotary.queries_advance = problem.mask.bounded();
 }
 
-void set_results(Problem& problem, const AttentionArguments& a, const Allocate& allocate) {
+/// The shape of out; without the leading dimension when queries are ragged.
+std::array<std::int64_t, 4> out_shape(const Problem& problem) {
+  return {problem.batch, problem.queries.rows, problem.heads_q, problem.head_dim_v};
+}
+
+void set_results(Problem& problem, const AttentionArguments& a, const ArgumentNames& names) {
   const bool ragged = problem.ragged_queries();
-  const std::int64_t rows = problem.queries.rows;
-  // Without the leading dimension when ragged.
-  const std::int64_t out_shape[] = {problem.batch, rows, problem.heads_q, problem.head_dim_v};
-  const std::int64_t lse_shape[] = {problem.batch, problem.heads_q, rows};
-  check_shape("out", a.out, out_shape + ragged, 4 - ragged, ragged ? "(total_q, h, dv)" : "(b, sq, h, dv)");
+  const std::int64_t lse_shape[] = {problem.batch, problem.heads_q, problem.queries.rows};
+  check_shape("out", a.out, out_shape(problem).data() + ragged, 4 - ragged,
+              ragged ? "(total_q, h, dv)" : "(b, sq, h, dv)");
   check_shape("lse", a.lse, lse_shape + ragged, 3 - ragged, ragged ? "(h, total_q)" : "(b, h, sq)");
   check_contiguous_rows("out", a.out);
-  if (!a.out.given() && allocate) {
-    const DLDataType dtype = a.q.dtype() == float8_e4m3fn ? bfloat16 : a.q.dtype();
-    problem.out = rows_of(allocate(dtype, out_shape + ragged, 4 - ragged));
-  } else {
-    check_given("out", a.out);
-    problem.out = rows_of(a.out);
+  for (const auto& [name, result] : {std::pair{"out", &a.out}, {"lse", &a.lse}}) {
+    check_writable(name, *result);
+    for (const auto& [input_name, input] : {std::pair{names.q, &a.q},
+                                            {names.k, &a.k},
+                                            {names.v, &a.v},
+                                            {"qv", &a.qv},
+                                            {names.k_new, &a.k_new},
+                                            {names.v_new, &a.v_new}}) {
+      check_disjoint(name, *result, input_name, *input);
+    }
   }
+  check_disjoint("lse", a.lse, "out", a.out);
+  if (a.out.given()) problem.out = rows_of(a.out);
   if (a.lse.given()) {
-    problem.lse =
-        log_sum_exp(a.lse, problem.ragged_queries() ? 0 : a.lse.stride(0), a.lse.stride(-2), a.lse.stride(-1));
+    problem.lse = log_sum_exp(a.lse, ragged ? 0 : a.lse.stride(0), a.lse.stride(-2), a.lse.stride(-1));
   }
 }
 
 }  // namespace
 
-Problem make_problem(const AttentionArguments& a, const ArgumentNames& names, const Allocate& allocate) {
+Problem make_problem(const AttentionArguments& a, const ArgumentNames& names) {
   check_given(names.q, a.q);
   check_given(names.k, a.k);
   check_given(names.v, a.v);
@@ -371,9 +384,18 @@ Problem make_problem(const AttentionArguments& a, const ArgumentNames& names, co
   check_finite("softmax_scale", scale);
   check_finite("softcap", a.softcap);
   problem.softmax_scale = static_cast<float>(scale);
-  problem.softcap = static_cast<float>(std::max(a.softcap, 0.0));
-  set_results(problem, a, allocate);
+  // A softcap that is too small for float32 caps as the smallest does.
+  if (a.softcap > 0) problem.softcap = std::max(static_cast<float>(a.softcap), std::numeric_limits<float>::min());
+  set_results(problem, a, names);
   return problem;
+}
+
+void allocate_out(Problem& problem, const AttentionArguments& a, const Allocate& allocate) {
+  const bool ragged = problem.ragged_queries();
+  const DLDataType dtype = a.q.dtype() == float8_e4m3fn ? bfloat16 : a.q.dtype();
+  const Tensor out = allocate(dtype, a.q.device(), out_shape(problem).data() + ragged, 4 - ragged);
+  check_place("out", out, "q", a.q);
+  problem.out = rows_of(out);
 }
 
 Problem make_problem(const SchedulerMetadataArguments& a, const ArgumentNames& names) {
@@ -387,28 +409,30 @@ Problem make_problem(const SchedulerMetadataArguments& a, const ArgumentNames& n
   check_head_dim("headdim_v", a.headdim_v.value_or(a.headdim));
   problem.head_dim = static_cast<int>(a.headdim);
   problem.head_dim_v = static_cast<int>(a.headdim_v.value_or(a.headdim));
-  require(!a.page_size || (*a.page_size >= 1 && *a.page_size <= max_extent), "page_size must be at least 1, got ",
+  require(!a.page_size || (*a.page_size >= 1 && *a.page_size <= max_length), "page_size must be at least 1, got ",
           a.page_size.value_or(0));
-  for (const auto& [name, dtype] :
-       {std::pair{"qkv_dtype", a.qkv_dtype}, {"kv_dtype", a.kv_dtype.value_or(a.qkv_dtype)}}) {
-    if (!(dtype == bfloat16 || dtype == float16 || dtype == float32 || dtype == float8_e4m3fn)) {
-      fail(ErrorKind::type, name, " must be bfloat16 or float16 or float32 or float8_e4m3fn, got ", name_of(dtype));
-    }
-  }
+  const DLDataType kv_dtype = a.kv_dtype.value_or(a.qkv_dtype);
+  check_type("qkv_dtype", a.qkv_dtype, query_types);
+  check_type("kv_dtype", kv_dtype, key_types(a.qkv_dtype));
   problem.q.type = element_type(a.qkv_dtype);
-  problem.k.type = problem.v.type = element_type(a.kv_dtype.value_or(a.qkv_dtype));
+  problem.k.type = problem.v.type = element_type(kv_dtype);
+  // Marks of what a plan may ask about a call.
+  problem.softcap = a.has_softcap ? 1.0F : 0.0F;
+  if (a.has_qv) problem.qv.data = const_cast<int*>(&no_elements);
 
   require(a.seqused_k.given() || a.cu_seqlens_k.given(), names.seqused_k, " or cu_seqlens_k is required");
-  check_given("out", a.out);
+  const char* first_name = a.out.given() ? "out" : a.seqused_k.given() ? names.seqused_k : "cu_seqlens_k";
+  const Tensor& first = a.out.given() ? a.out : a.seqused_k.given() ? a.seqused_k : a.cu_seqlens_k;
   for (const auto& [name, tensor] : {std::pair{names.seqused_k, &a.seqused_k},
                                      {"cu_seqlens_q", &a.cu_seqlens_q},
                                      {"cu_seqlens_k", &a.cu_seqlens_k},
                                      {"cu_seqlens_k_new", &a.cu_seqlens_k_new},
                                      {"seqused_q", &a.seqused_q},
-                                     {"cache_leftpad", &a.cache_leftpad}}) {
-    check_device(name, *tensor, "out", a.out);
-    check_memory(name, *tensor);
+                                     {"cache_leftpad", &a.cache_leftpad},
+                                     {"out", &a.out}}) {
+    check_place(name, *tensor, first_name, first);
   }
+  check_writable("out", a.out);
   check_dtype("out", a.out, {int32});
   check_shape("out", a.out, {scheduler_metadata_elements(problem.batch)}, "(b,)");
 
@@ -416,23 +440,22 @@ Problem make_problem(const SchedulerMetadataArguments& a, const ArgumentNames& n
   problem.queries.seqused = int_vector("seqused_q", a.seqused_q, problem.batch, "(b,)");
   problem.queries.rows = problem.max_seqlen_q = checked_length("max_seqlen_q", a.max_seqlen_q);
   // The host does not know how many rows the ragged tensors and the cache have: their offsets and lengths say enough.
-  if (a.cu_seqlens_q.given()) problem.queries.rows = static_cast<int>(max_extent);
+  if (a.cu_seqlens_q.given()) problem.queries.rows = max_length;
   problem.max_seqlen_k = checked_length("max_seqlen_k", a.max_seqlen_k);
   KeyLayout& keys = problem.keys;
-  keys.rows = static_cast<int>(max_extent);
+  keys.rows = max_length;
   keys.slots = problem.batch;
   keys.seqused = int_vector(names.seqused_k, a.seqused_k, problem.batch, "(b,)");
   keys.cu_seqlens = int_vector("cu_seqlens_k", a.cu_seqlens_k, problem.batch + 1, "(b + 1,)");
   keys.leftpad = int_vector("cache_leftpad", a.cache_leftpad, problem.batch, "(b,)");
   keys.new_rows = checked_length("max_seqlen_k_new", a.max_seqlen_k_new);
   keys.cu_seqlens_new = int_vector("cu_seqlens_k_new", a.cu_seqlens_k_new, problem.batch + 1, "(b + 1,)");
-  if (keys.cu_seqlens_new.given()) keys.new_rows = static_cast<int>(max_extent);
+  if (keys.cu_seqlens_new.given()) keys.new_rows = max_length;
   keys.appends = keys.new_rows > 0;
   // Whether the keys of a cache that grows include the new ones is the caller's to say.
-  if (keys.appends) problem.max_seqlen_k = static_cast<int>(max_extent);
+  if (keys.appends) problem.max_seqlen_k = max_length;
   if (problem.mask.cp_world > 1) {
-    check_device("cp_tot_seqused_k", a.cp_tot_seqused_k, "out", a.out);
-    check_memory("cp_tot_seqused_k", a.cp_tot_seqused_k);
+    check_place("cp_tot_seqused_k", a.cp_tot_seqused_k, first_name, first);
     keys.cp_total = int_vector("cp_tot_seqused_k", a.cp_tot_seqused_k, problem.batch, "(b,)");
   }
   return problem;
@@ -444,8 +467,7 @@ CombineProblem make_problem(const CombineArguments& a) {
   check_given("out", a.out);
   for (const auto& [name, tensor] :
        {std::pair{"out_partial", &a.out_partial}, {"lse_partial", &a.lse_partial}, {"out", &a.out}, {"lse", &a.lse}}) {
-    check_device(name, *tensor, "out_partial", a.out_partial);
-    check_memory(name, *tensor);
+    check_place(name, *tensor, "out_partial", a.out_partial);
   }
   check_dtype("out_partial", a.out_partial, {float32});
   check_dtype("lse_partial", a.lse_partial, {float32});
@@ -458,6 +480,9 @@ CombineProblem make_problem(const CombineArguments& a) {
   check_shape("lse", a.lse, a.out_partial.shape() + 1, 3, "(b, s, h)");
   check_contiguous_rows("out_partial", a.out_partial);
   check_contiguous_rows("out", a.out);
+  check_writable("out", a.out);
+  check_writable("lse", a.lse);
+  check_disjoint("lse", a.lse, "out", a.out);
   check_disjoint("out", a.out, "out_partial", a.out_partial);
   check_disjoint("out", a.out, "lse_partial", a.lse_partial);
 

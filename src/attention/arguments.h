@@ -20,35 +20,26 @@ struct ArgumentNames {
   const char* seqused_k = "seqused_k";
 };
 
-/// The names of flash_attn_with_kvcache and get_scheduler_metadata.
-inline constexpr ArgumentNames cache_argument_names{"q", "k_cache", "v_cache", "k", "v", "cache_seqlens"};
-
-/// The names of flash_attn_qkvpacked_func.
-inline constexpr ArgumentNames packed_argument_names{"qkv", "qkv", "qkv"};
-
 /// Makes the memory of a result that the caller did not give.
-using Allocate = std::function<Tensor(DLDataType dtype, const std::int64_t* shape, int ndim)>;
+using Allocate = std::function<Tensor(DLDataType dtype, DLDevice device, const std::int64_t* shape, int ndim)>;
 
-/// As the functions of the same name in mate/attention.h, with the caller's names of the arguments.
-/// `allocate`, where there is one, makes `out` where it is not given.
-void attention(const AttentionArguments& arguments, const ArgumentNames& names, const Allocate& allocate = nullptr);
-void scheduler_metadata(const SchedulerMetadataArguments& arguments, const ArgumentNames& names);
+/// The calls of mate/attention.h, with the caller's names of the arguments; `allocate`, where there is one, makes `out`
+/// where it is not given. Defined in src/attention.cpp.
+void attention(const AttentionArguments& arguments, const ArgumentNames& names, const Allocate& allocate);
+void scheduler_metadata(const SchedulerMetadataArguments& arguments, const ArgumentNames& names,
+                        const Allocate& allocate);
 
-/// Checks everything that the host knows without reading the tensors' memory. Throws Error, which names the argument.
-Problem make_problem(const AttentionArguments& arguments, const ArgumentNames& names,
-                     const Allocate& allocate = nullptr);
+/// Checks everything that the host knows without reading the tensors' memory. The problem's out is absent where it was
+/// not given. Throws Error, which names the argument.
+Problem make_problem(const AttentionArguments& arguments, const ArgumentNames& names);
 
-/// The same of a call for which only the lengths are known.
+/// Gives the problem of a call without out one that `allocate` makes.
+void allocate_out(Problem& problem, const AttentionArguments& arguments, const Allocate& allocate);
+
+/// A call of which only the lengths are known: its Problem has no tensors.
 Problem make_problem(const SchedulerMetadataArguments& arguments, const ArgumentNames& names);
 
-/// Checks what the tensors hold, which must be memory that the host can read: lengths, page indices, and that no two
-/// sequences append to the same place. Throws Error, which names the argument and the sequence.
-void verify_contents(const Problem& problem, const ArgumentNames& names);
-
-/// Whether MATE_CHECK=1 is set: each call verifies all that it reads.
-bool checks_requested();
-
-/// The same of partial results to be merged.
+/// Partial results to be merged.
 CombineProblem make_problem(const CombineArguments& arguments);
 
 }  // namespace mate

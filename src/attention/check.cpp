@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "visibility.h"
+
 namespace mate {
 
 std::string name_of(DLDataType dtype) {
@@ -45,7 +47,8 @@ std::string name_of(DLDataType dtype) {
 std::ostream& operator<<(std::ostream& text, const ShapeOf& shape) {
   const Tensor& tensor = shape.tensor;
   text << "(";
-  for (int i = 0; i < tensor.ndim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  for (int i = 0; i < std::min(tensor.ndim(), Tensor::max_ndim); ++i) text << (i ? ", " : "") << tensor.size(i);
+  if (tensor.ndim() > Tensor::max_ndim) text << ", ...";
   return text << (tensor.ndim() == 1 ? ",)" : ")");
 }
 
@@ -75,25 +78,40 @@ void check_partner(const char* name, const Tensor& tensor, const char* partner, 
   require(!tensor.given() || partner_given, name, " needs ", partner, ", which is missing");
 }
 
-void check_dtype(const char* name, const Tensor& tensor, std::initializer_list<DLDataType> allowed) {
-  if (!tensor.given()) return;
-  for (const DLDataType& dtype : allowed) {
-    if (tensor.dtype() == dtype) return;
+void check_type(const char* name, DLDataType dtype, std::span<const DLDataType> allowed) {
+  for (const DLDataType& other : allowed) {
+    if (dtype == other) return;
   }
   std::string names;
-  for (const DLDataType& dtype : allowed) names += (names.empty() ? "" : " or ") + name_of(dtype);
-  fail(ErrorKind::type, name, " must be ", names, ", got ", name_of(tensor.dtype()));
+  for (const DLDataType& other : allowed) names += (names.empty() ? "" : " or ") + name_of(other);
+  fail(ErrorKind::type, name, " must be ", names, ", got ", name_of(dtype));
 }
 
-void check_device(const char* name, const Tensor& tensor, const char* first_name, const Tensor& first) {
-  require(!tensor.given() || tensor.device() == first.device(), name, " is on ", DeviceOf{tensor}, " and ", first_name,
-          " on ", DeviceOf{first}, ": all tensors of a call must be on one device");
+bool is_host(DLDevice device) {
+  return device.device_type == kDLCPU || device.device_type == kDLCUDAHost || device.device_type == kDLROCMHost;
 }
 
-void check_memory(const char* name, const Tensor& tensor) {
-  if (!tensor.given() || tensor.data() != nullptr) return;
-  const std::int64_t* end = tensor.shape() + tensor.ndim();
-  require(std::find(tensor.shape(), end, 0) != end, name, " must point to memory, got a null pointer");
+void check_place(const char* name, const Tensor& tensor, const char* first_name, const Tensor& first) {
+  if (!tensor.given()) return;
+  const bool together = tensor.device() == first.device() || (is_host(tensor.device()) && is_host(first.device()));
+  require(together, name, " is on ", DeviceOf{tensor}, " and ", first_name, " on ", DeviceOf{first},
+          ": all tensors of a call must be on one device");
+  bool empty = false;
+  for (int i = 0; i < std::min(tensor.ndim(), Tensor::max_ndim); ++i) {
+    require(tensor.size(i) >= 0, name, " must not have a negative extent, got shape ", ShapeOf{tensor});
+    empty |= tensor.size(i) == 0;
+  }
+  require(empty || tensor.data() != nullptr, name, " must point to memory, got a null pointer");
+}
+
+void check_writable(const char* name, const Tensor& tensor) {
+  for (int i = 0; i < tensor.ndim(); ++i) {
+    if (tensor.size(i) == 0) return;
+  }
+  for (int i = 0; i < tensor.ndim(); ++i) {
+    require(tensor.size(i) <= 1 || tensor.stride(i) != 0, name,
+            " must not be broadcast, since it is written to, got stride 0 in dimension ", i);
+  }
 }
 
 void check_ndim(const char* name, const Tensor& tensor, int ndim, const char* letters) {
@@ -114,7 +132,7 @@ void check_shape(const char* name, const Tensor& tensor, const std::int64_t* sha
 
 void check_extents(const char* name, const Tensor& tensor) {
   for (int i = 0; i < tensor.ndim(); ++i) {
-    require(tensor.size(i) <= max_extent, name, " must have fewer than 2**31 rows, pages and heads, got shape ",
+    require(tensor.size(i) <= max_length, name, " must have fewer than 2**31 rows, pages and heads, got shape ",
             ShapeOf{tensor});
   }
 }
@@ -129,20 +147,26 @@ void check_contiguous_rows(const char* name, const Tensor& tensor) {
 }
 
 void check_disjoint(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
-  // The bytes that a tensor spans where they are all its own, else 0: of a tensor with gaps nothing is said.
-  const auto bytes = [](const Tensor& t) {
-    std::int64_t elements = 1;
-    std::int64_t span = 1;
+  struct Extent {
+    std::uintptr_t begin, end;
+    bool empty, gaps;
+  };
+  const auto extent_of = [](const Tensor& t) {
+    std::int64_t elements = 1, first = 0, last = 0;
     for (int i = 0; i < t.ndim(); ++i) {
       elements *= t.size(i);
-      span += (t.size(i) - 1) * t.stride(i);
+      const std::int64_t reach = (t.size(i) - 1) * t.stride(i);
+      (reach < 0 ? first : last) += reach;
     }
-    return span == elements ? span * t.dtype().bits / 8 : 0;
+    const std::int64_t bytes = t.dtype().bits / 8;
+    const auto data = reinterpret_cast<std::uintptr_t>(t.data());
+    return Extent{data + first * bytes, data + (last + 1) * bytes, elements == 0, last - first + 1 > elements};
   };
-  const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data());
-  const auto other_begin = reinterpret_cast<std::uintptr_t>(other.data());
-  require(begin + bytes(tensor) <= other_begin || other_begin + bytes(other) <= begin, name, " must not overlap ",
-          other_name);
+  if (!tensor.given() || !other.given()) return;
+  const Extent a = extent_of(tensor);
+  const Extent b = extent_of(other);
+  if (a.empty || b.empty || (a.gaps && tensor.data() != other.data())) return;
+  require(a.end <= b.begin || b.end <= a.begin, name, " must not overlap ", other_name);
 }
 
 void check_finite(const char* name, double value) {
@@ -151,7 +175,7 @@ void check_finite(const char* name, double value) {
 }
 
 int checked_length(const char* name, std::int64_t value) {
-  require(value >= 0 && value <= max_extent, name, " must be from 0 to 2**31 - 1, got ", value);
+  require(value >= 0 && value <= max_length, name, " must be from 0 to 2**31 - 1, got ", value);
   return static_cast<int>(value);
 }
 

@@ -1,11 +1,11 @@
-// What only the tensors' memory tells: lengths, offsets and page indices.
+#include "contents.h"
+
 #include <algorithm>
 #include <cstdlib>
 #include <string_view>
 #include <tuple>
 #include <vector>
 
-#include "arguments.h"
 #include "check.h"
 
 namespace mate {
@@ -85,12 +85,13 @@ void verify_rotary(const Problem& problem) {
   }
 }
 
-}  // namespace
-
+/// Whether MATE_CHECK=1 is set.
 bool checks_requested() {
   const char* value = std::getenv("MATE_CHECK");
   return value != nullptr && std::string_view(value) == "1";
 }
+
+}  // namespace
 
 void verify_contents(const Problem& problem, const ArgumentNames& names) {
   const KeyLayout& keys = problem.keys;
@@ -107,7 +108,7 @@ void verify_contents(const Problem& problem, const ArgumentNames& names) {
     verify_range("cache_leftpad", keys.leftpad, b, 0, used, "the keys in use");
     verify_range("cache_batch_idx", keys.batch_index, b, 0,
                  std::int64_t{keys.paged() ? keys.page_rows : keys.slots} - 1, "the rows there are");
-    if (problem.mask.cp_world > 1) verify_range("cp_tot_seqused_k", keys.cp_total, b, 0, max_extent, "a length");
+    if (problem.mask.cp_world > 1) verify_range("cp_tot_seqused_k", keys.cp_total, b, 0, max_length, "a length");
     if (keys.appends) {
       const std::int64_t count =
           keys.cu_seqlens_new.given() ? keys.cu_seqlens_new[b + 1] - keys.cu_seqlens_new[b] : keys.new_rows;

@@ -7,6 +7,9 @@
 
 namespace mate {
 
+/// Head sizes of keys and of values go from 1 to this.
+inline constexpr int max_head_dim = 512;
+
 enum class ElementType { float32, float16, bfloat16, float8_e4m3 };
 
 constexpr int bytes_of(ElementType type) {
@@ -62,11 +65,14 @@ struct Descale {
   }
 };
 
-/// A one-dimensional tensor of any floating type: the sink of each query head.
-struct Vector {
+/// The sink of each query head, of any floating type. data is null where there is none.
+struct Sink {
   const void* data = nullptr;
   ElementType type = ElementType::float32;
   std::int64_t stride = 1;
+
+  constexpr bool given() const { return data != nullptr; }
+  const void* at(std::int64_t head) const { return static_cast<const char*>(data) + head * stride * bytes_of(type); }
 };
 
 /// The rotation of queries and appended keys.
@@ -81,7 +87,13 @@ struct Rotary {
   bool interleaved = true;
   bool queries_advance = false;  ///< query row i stands i positions after the first; else all stand at the first
 
-  bool given() const { return cos != nullptr; }
+  constexpr bool given() const { return cos != nullptr; }
+  const void* cos_row(std::int64_t row) const {
+    return static_cast<const char*>(cos) + row * cos_stride * bytes_of(type);
+  }
+  const void* sin_row(std::int64_t row) const {
+    return static_cast<const char*>(sin) + row * sin_stride * bytes_of(type);
+  }
 };
 
 /// What a call computes, on which memory. Absent optional parts are null.
@@ -97,13 +109,13 @@ struct Problem {
   QueryLayout queries;
   KeyLayout keys;
   Mask mask;
-  int max_seqlen_q = 0x7fffffff;  ///< no length exceeds them
-  int max_seqlen_k = 0x7fffffff;
+  int max_seqlen_q = max_length;  ///< no length exceeds them
+  int max_seqlen_k = max_length;
 
   float softmax_scale = 1;
   float softcap = 0;  ///< 0: none
   Descale q_descale, k_descale, v_descale;
-  Vector sink;
+  Sink sink;
   Rotary rotary;
 
   // How the work is cut; nothing here changes a result beyond rounding.

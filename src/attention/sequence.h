@@ -68,7 +68,7 @@ constexpr int clamp(long long value, long long low, long long high) {
 
 /// How many keys a sequence has room for.
 constexpr int key_capacity(const KeyLayout& keys, int b) {
-  if (keys.paged()) return clamp(static_cast<long long>(keys.max_pages) * keys.rows, 0, 0x7fffffff);
+  if (keys.paged()) return clamp(static_cast<long long>(keys.max_pages) * keys.rows, 0, max_length);
   if (!keys.cu_seqlens.given()) return keys.rows;
   const int begin = clamp(keys.cu_seqlens[b], 0, keys.rows);
   return clamp(static_cast<long long>(keys.cu_seqlens[b + 1]) - begin, 0, keys.rows - begin);
@@ -106,7 +106,7 @@ constexpr Sequence locate_sequence(const QueryLayout& queries, const KeyLayout& 
     s.rotary_base = keys.rotary_seqlens.given() ? keys.rotary_seqlens[b] : used;
   }
   s.lengths.sk = used - leftpad + s.new_keys;
-  s.lengths.total = mask.cp_world > 1 ? clamp(keys.cp_total[b], 0, 0x7fffffff) : s.lengths.sk;
+  s.lengths.total = mask.cp_world > 1 ? clamp(keys.cp_total[b], 0, max_length) : s.lengths.sk;
   return s;
 }
 

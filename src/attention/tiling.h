@@ -1,7 +1,7 @@
 // How the work of a call is cut up: tiles of query rows, blocks of keys, splits of the keys of a tile.
 //
 // The geometry is shared with device code (it includes nothing but its siblings); how many splits a sequence gets
-// is decided by plan.h.
+// is decided in plan.cpp.
 #pragma once
 
 #include "visibility.h"
@@ -13,8 +13,8 @@ inline constexpr int max_splits = 256;
 /// The shape of the work. Packed row r of a head unit is query row r / pack of head unit * pack + r % pack.
 struct Tiling {
   int tile_rows = 0;  ///< packed rows of a tile
-  int block_keys =
-      0;         ///< keys of a block; blocks start at multiples of it, so that a row's sums never depend on its tile
+  /// Keys of a block. Blocks start at multiples of it, so that a row's sums never depend on its tile.
+  int block_keys = 0;
   int pack = 1;  ///< query heads that share a tile: all of a group, or one
 };
 

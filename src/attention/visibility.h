@@ -6,6 +6,9 @@
 
 namespace mate {
 
+/// Rows, keys, heads and pages are counted in an int.
+inline constexpr int max_length = 0x7fffffff;
+
 /// The mask of a call. Query row i of a sequence stands at position p = i + total - sq; key j of this rank at
 /// position j * cp_world + cp_rank.
 struct Mask {

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "backend.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -6,9 +8,8 @@
 namespace mate::cpu {
 namespace {
 
-constexpr int max_head_dim = 512;
-// Below this many elements one thread is done before others have started.
-constexpr std::int64_t min_parallel_elements = 1 << 15;
+// New rows of one sequence that make a task.
+constexpr int rows_of_task = 64;
 
 /// Writes one new row: as it is, unless it is rotated or its type changes.
 void write_row(const Kernels& kernels, const void* source, ElementType source_type, const Rotary* rotary,
@@ -28,24 +29,27 @@ void write_row(const Kernels& kernels, const void* source, ElementType source_ty
 
 void append(const Problem& problem, const Plan& plan) {
   const Kernels& kernel = kernels();
-  const std::int64_t elements =
-      std::int64_t{problem.batch} * problem.keys.new_rows * problem.heads_k * (problem.head_dim + problem.head_dim_v);
-  const int workers = elements < min_parallel_elements ? 1 : plan.workers;
+  const double elements =
+      double(problem.batch) * problem.keys.new_rows * problem.heads_k * (problem.head_dim + problem.head_dim_v);
   const Rotary* rotary = problem.rotary.given() ? &problem.rotary : nullptr;
   const bool packed = problem.keys.cu_seqlens_new.given();
-  parallel_for(std::int64_t{problem.batch} * problem.heads_k, workers, [&](std::int64_t task) {
-    const int b = static_cast<int>(task / problem.heads_k);
-    const int head = static_cast<int>(task % problem.heads_k);
+  const std::int64_t tasks_of_sequence = divide_up(problem.keys.new_rows, rows_of_task);
+  parallel_for(problem.batch * tasks_of_sequence, workers_for(elements, plan.workers), [&](std::int64_t task) {
+    const int b = static_cast<int>(task / tasks_of_sequence);
+    const int first = static_cast<int>(task % tasks_of_sequence) * rows_of_task;
     const Sequence sequence = problem.sequence(b);
     const int new_slot = packed ? 0 : b;
-    for (int t = 0; t < sequence.new_keys; ++t) {
+    for (int t = first; t < std::min(sequence.new_keys, first + rows_of_task); ++t) {
       const Location to = locate_position(problem.keys, sequence, std::int64_t{sequence.append_at} + t);
       const int from = sequence.first_new + t;
-      write_row(kernel, problem.k_new.at(new_slot, from, head), problem.k_new.type, rotary,
-                std::int64_t{sequence.rotary_base} + t, problem.k_descale.at(b, head), problem.k.type,
-                problem.k.at(to.slot, to.row, head), problem.head_dim);
-      write_row(kernel, problem.v_new.at(new_slot, from, head), problem.v_new.type, nullptr, 0,
-                problem.v_descale.at(b, head), problem.v.type, problem.v.at(to.slot, to.row, head), problem.head_dim_v);
+      for (int head = 0; head < problem.heads_k; ++head) {
+        write_row(kernel, problem.k_new.at(new_slot, from, head), problem.k_new.type, rotary,
+                  std::int64_t{sequence.rotary_base} + t, problem.k_descale.at(b, head), problem.k.type,
+                  problem.k.at(to.slot, to.row, head), problem.head_dim);
+        write_row(kernel, problem.v_new.at(new_slot, from, head), problem.v_new.type, nullptr, 0,
+                  problem.v_descale.at(b, head), problem.v.type, problem.v.at(to.slot, to.row, head),
+                  problem.head_dim_v);
+      }
     }
   });
 }

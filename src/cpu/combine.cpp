@@ -1,3 +1,4 @@
+#include <limits>
 #include <numbers>
 #include <vector>
 
@@ -10,16 +11,20 @@ namespace mate::cpu {
 
 void combine(const CombineProblem& problem) {
   const Kernels& kernel = kernels();
-  parallel_for(std::int64_t{problem.batch} * problem.heads, available_threads(), [&](std::int64_t task) {
-    const std::int64_t b = task / problem.heads;
-    const std::int64_t head = task % problem.heads;
+  const std::int64_t elements =
+      std::int64_t{problem.splits} * problem.batch * problem.rows * problem.heads * problem.head_dim_v;
+  const std::int64_t tasks = std::int64_t{problem.batch} * problem.rows;
+  parallel_for(tasks, workers_for(elements, available_threads()), [&](std::int64_t task) {
+    const std::int64_t b = task / problem.rows;
+    const std::int64_t row = task % problem.rows;
     std::vector<PartialRow> parts(problem.splits);
     std::vector<float> merged(problem.head_dim_v);
-    for (int row = 0; row < problem.rows; ++row) {
+    for (int head = 0; head < problem.heads; ++head) {
       for (int split = 0; split < problem.splits; ++split) {
         const double lse = (&problem.partial_lse.at(b, head, row))[split * problem.lse_split_stride];
         const auto* sums = static_cast<const float*>(problem.partial.at(b, row, head));
-        parts[split] = {sums + split * problem.partial_split_stride, lse * std::numbers::log2e, 1};
+        const bool empty = lse == -std::numeric_limits<double>::infinity();
+        parts[split] = {empty ? nullptr : sums + split * problem.partial_split_stride, lse * std::numbers::log2e, 1};
       }
       const float lse = merge_row(parts, std::nullopt, problem.head_dim_v, merged.data());
       kernel.narrow(merged.data(), problem.out.type, problem.out.at(b, row, head), problem.head_dim_v);

@@ -4,6 +4,9 @@
 #include <memory>
 #include <mutex>
 #include <numbers>
+#include <optional>
+#include <span>
+#include <string>
 #include <vector>
 
 #include "backend.h"
@@ -14,9 +17,6 @@
 
 namespace mate::cpu {
 namespace {
-
-// Below this many multiplications one thread is done before others have started.
-constexpr double min_parallel_multiplications = 1 << 18;
 
 /// A tile of query rows of one sequence, the same for all head units.
 struct Tile {
@@ -50,8 +50,10 @@ Schedule make_schedule(const Problem& problem, const Plan& plan) {
     const Lengths lengths = problem.sequence(b).lengths;
     for (int tile = 0; tile < tiles_of(tiling, lengths.sq); ++tile) {
       const BlockRange blocks = blocks_of_tile(tiling, problem.mask, lengths, tile);
-      schedule.tiles.push_back({b, tile, blocks, plan.splits[b], schedule.split_tiles});
-      if (plan.splits[b] > 1) schedule.split_tiles += units;
+      // A split without a block would add nothing.
+      const int splits = std::clamp(blocks.size(), 1, plan.splits[b]);
+      schedule.tiles.push_back({b, tile, blocks, splits, schedule.split_tiles});
+      if (splits > 1) schedule.split_tiles += units;
       schedule.multiplications += double{block_keys} * blocks.size() * rows_of_tile(tiling, lengths.sq, tile).count() *
                                   units * (problem.head_dim + problem.head_dim_v);
     }
@@ -88,13 +90,13 @@ struct SplitTile {
 
 /// A thread's own memory. It depends on head sizes alone.
 struct Workspace {
-  std::vector<float> queries;   ///< (rows, depth)
-  std::vector<float> key_rows;  ///< (block_keys, d)
-  std::vector<float> keys;      ///< (depth, block_keys): transposed
-  std::vector<float> values;    ///< (block_keys, width)
-  std::vector<float> scores;    ///< (rows, block_keys)
-  std::vector<float> row;       ///< one row of q, k, v or out
-  std::vector<float> scratch;
+  std::vector<float> queries;     ///< (rows, depth)
+  std::vector<float> key_rows;    ///< (block_keys, d): before they are transposed
+  std::vector<float> keys;        ///< (depth, block_keys): transposed
+  std::vector<float> values;      ///< (block_keys, width)
+  std::vector<float> scores;      ///< (rows, block_keys)
+  std::vector<float> row;         ///< one row: a query that is rotated, or the merged sums
+  std::vector<float> scratch;     ///< the angles of a rotation, then the rotated query in its own type
   std::vector<KeyRange> visible;  ///< keys that each row sees
   std::vector<float> rescale;
   Partial partial;
@@ -142,6 +144,8 @@ class TileAttention {
     partial.start(rows(), width_);
     if (blocks.size() == 0) return;
     load_queries();
+    // The products are scaled when they are finished: scaled queries could overflow where scores do not.
+    const float scale = to_base_2(problem_.softcap > 0 ? 1.0F : problem_.softmax_scale);
     for (int row = 0; row < rows(); ++row) {
       workspace_.visible[row] = visible_keys(problem_.mask, sequence_.lengths, query_row(row));
     }
@@ -155,9 +159,11 @@ class TileAttention {
                                rows(), depth_);
       for (int row = 0; row < rows(); ++row) {
         float* scores = workspace_.scores.data() + row * block_keys;
-        if (problem_.softcap > 0) kernels_.cap_scores(scores, problem_.softcap * log2e, block_keys);
-        workspace_.rescale[row] =
-            kernels_.update_softmax(scores, columns_of(workspace_.visible[row], first_key), partial.softmax[row]);
+        if (problem_.softcap > 0) {
+          kernels_.cap_scores(scores, problem_.softmax_scale, problem_.softcap, block_keys);
+        }
+        workspace_.rescale[row] = kernels_.update_softmax(scores, columns_of(workspace_.visible[row], first_key), scale,
+                                                          partial.softmax[row]);
       }
       kernels_.accumulate(workspace_.scores.data(), columns, workspace_.values.data(), workspace_.rescale.data(),
                           partial.sums.data(), rows(), width_);
@@ -183,7 +189,11 @@ class TileAttention {
   }
 
  private:
-  static constexpr float log2e = std::numbers::log2e_v<float>;
+  /// The factor that takes natural scores to the base-2 domain, as far as float32 reaches.
+  static float to_base_2(float scale) {
+    constexpr float largest = std::numeric_limits<float>::max();
+    return std::clamp(scale * std::numbers::log2e_v<float>, -largest, largest);
+  }
 
   int query_row(int row) const { return static_cast<int>((rows_.first + row) / pack_); }
   int query_head(int row) const { return first_head_ + static_cast<int>((rows_.first + row) % pack_); }
@@ -192,20 +202,17 @@ class TileAttention {
     return {std::clamp(keys.begin - first_key, 0, block_keys), std::clamp(keys.end - first_key, 0, block_keys)};
   }
 
-  /// Queries, scaled so that a product with a key is a score in the base-2 domain (or what softcap's tanh takes).
   void load_queries() {
-    const float scale =
-        problem_.softcap > 0 ? problem_.softmax_scale / problem_.softcap : problem_.softmax_scale * log2e;
-    const float factor = scale * problem_.q_descale.at(b_, key_head_);
+    const float descale = problem_.q_descale.at(b_, key_head_);
     const int slot = problem_.query_slot(b_);
     for (int row = 0; row < rows(); ++row) {
       float* target = workspace_.queries.data() + std::int64_t{row} * depth_;
       const std::int64_t q_row = std::int64_t{sequence_.first_q} + query_row(row);
       const void* source = problem_.q.at(slot, q_row, query_head(row));
       if (problem_.rotary.given()) source = rotated_query(source, query_row(row));
-      kernels_.widen(problem_.q.type, source, factor, target, problem_.head_dim);
+      kernels_.widen(problem_.q.type, source, descale, target, problem_.head_dim);
       if (problem_.qv.given()) {
-        kernels_.widen(problem_.qv.type, problem_.qv.at(slot, q_row, query_head(row)), factor,
+        kernels_.widen(problem_.qv.type, problem_.qv.at(slot, q_row, query_head(row)), descale,
                        target + problem_.head_dim, problem_.head_dim_v);
       }
     }
@@ -258,10 +265,9 @@ class TileAttention {
   }
 
   std::optional<double> sink_of(int head) const {
-    if (problem_.sink.data == nullptr) return std::nullopt;
+    if (!problem_.sink.given()) return std::nullopt;
     float value;
-    const std::int64_t offset = head * problem_.sink.stride * bytes_of(problem_.sink.type);
-    kernels_.widen(problem_.sink.type, static_cast<const char*>(problem_.sink.data) + offset, 1, &value, 1);
+    kernels_.widen(problem_.sink.type, problem_.sink.at(head), 1, &value, 1);
     return value;
   }
 
@@ -310,11 +316,10 @@ void clear_unused_rows(const Problem& problem) {
 Machine machine() { return {tile_rows, block_keys, available_threads()}; }
 
 void forward(const Problem& problem, const Plan& plan) {
-  clear_unused_rows(problem);
   const Schedule schedule = make_schedule(problem, plan);
-  const int workers = schedule.multiplications < min_parallel_multiplications ? 1 : plan.workers;
-
   std::vector<SplitTile> split_tiles(schedule.split_tiles);
+  clear_unused_rows(problem);
+  const int workers = workers_for(schedule.multiplications, plan.workers);
   parallel_for(static_cast<std::int64_t>(schedule.tasks.size()), workers, [&](std::int64_t i) {
     const Task& task = schedule.tasks[i];
     const Tile& tile = schedule.tiles[task.tile];

@@ -38,12 +38,12 @@ struct Kernels {
   void (*multiply_scores)(const float* queries, const float* keys, KeyRange columns, float* scores, int rows,
                           int depth);
 
-  /// scores[i] = factor * tanh(scores[i]).
-  void (*cap_scores)(float* scores, float factor, int count);
+  /// scores[i] = softcap * tanh(scale * scores[i] / softcap).
+  void (*cap_scores)(float* scores, float scale, float softcap, int count);
 
-  /// Takes the scores of one row in: those of the columns outside `visible` become 0, the others 2**(score - max).
-  /// Returns what the row's sums so far must be multiplied by.
-  float (*update_softmax)(float* scores, KeyRange visible, RunningSoftmax& row);
+  /// Takes the scores of one row in, multiplied by `scale` to the base-2 domain: those of the columns outside `visible`
+  /// become 0, the others 2**(score - max). Returns what the row's sums so far must be multiplied by.
+  float (*update_softmax)(float* scores, KeyRange visible, float scale, RunningSoftmax& row);
 
   /// sums (rows, width) = rescale (rows) * sums + weights (rows, block_keys)[:, columns] . values (block_keys, width)
   /// [columns, :]. width is a multiple of width_multiple.
@@ -54,7 +54,7 @@ struct Kernels {
 /// The kernels of the best instruction set that this processor has.
 const Kernels& kernels();
 
-/// Written in plain C++ for the compiler to vectorise; runs everywhere.
+/// Written in C++ with the vector types of GCC and Clang, which they translate to any processor.
 extern const Kernels portable_kernels;
 
 }  // namespace mate::cpu

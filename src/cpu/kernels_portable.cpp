@@ -6,8 +6,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "conversions.h"
 #include "kernels.h"
-#include "numbers.h"
 
 namespace mate::cpu {
 namespace {
@@ -163,8 +163,8 @@ void accumulate(const float* weights, KeyRange columns, const float* values, con
   });
 }
 
-void cap_scores(float* scores, float factor, int count) {
-  for (int i = 0; i < count; ++i) scores[i] = factor * std::tanh(scores[i]);
+void cap_scores(float* scores, float scale, float softcap, int count) {
+  for (int i = 0; i < count; ++i) scores[i] = softcap * std::tanh(scale * scores[i] / softcap);
 }
 
 // 2**x for x <= 0, within 2 units in the last place; 0 below -126, NaN of NaN.
@@ -184,13 +184,16 @@ float exp2(float x) {
   return x < -126.0F ? 0.0F : y * scale;
 }
 
-float update_softmax(float* scores, KeyRange visible, RunningSoftmax& row) {
+float update_softmax(float* scores, KeyRange visible, float scale, RunningSoftmax& row) {
   for (int i = 0; i < visible.begin; ++i) scores[i] = 0;
   for (int i = visible.end; i < block_keys; ++i) scores[i] = 0;
   if (visible.empty()) return 1;
 
   float max = row.max;
-  for (int i = visible.begin; i < visible.end; ++i) max = scores[i] > max ? scores[i] : max;
+  for (int i = visible.begin; i < visible.end; ++i) {
+    scores[i] *= scale;
+    max = scores[i] > max ? scores[i] : max;
+  }
   // With nothing but -inf so far any finite number will do: every weight is 0, or NaN where the score is.
   const float base = max == negative_infinity ? 0 : max;
   for (int i = visible.begin; i < visible.end; ++i) scores[i] = exp2(scores[i] - base);

@@ -9,37 +9,33 @@
 
 namespace mate::cpu {
 
-/// sums[i] = sum_j 2**(score_j - max) * v[j][i] over some keys, and sum likewise without v.
+/// sums[i] = sum_j 2**(score_j - max) * v[j][i] over some keys, and sum likewise without v. A part whose sums are null
+/// is left out.
 struct PartialRow {
   const float* sums;
   double max;
   double sum;
-
-  /// A row with a NaN among its scores has a NaN for its sum, whatever its maximum.
-  bool saw_nothing() const { return max == -std::numeric_limits<double>::infinity() && !std::isnan(sum); }
 };
 
-/// Writes the attention over all parts to out (width) and returns its lse, natural log. Parts are added in order. A
-/// part that saw nothing is not read.
+/// Writes the attention over all parts to out (width) and returns its lse, natural log. Parts are added in order.
 inline float merge_row(std::span<const PartialRow> parts, std::optional<double> sink, int width, float* out) {
   constexpr double infinity = std::numeric_limits<double>::infinity();
   double max = -infinity;
-  bool nothing = true;
-  for (const PartialRow& part : parts) {
-    if (part.saw_nothing()) continue;
-    nothing = false;
-    if (part.max > max) max = part.max;
-  }
-  for (int i = 0; i < width; ++i) out[i] = 0;
-  if (nothing) return static_cast<float>(sink.value_or(-infinity));
-
   double sum = 0;
   for (const PartialRow& part : parts) {
-    if (part.saw_nothing()) continue;
-    sum += part.sum * std::exp2(part.max - max);
+    if (part.sums != nullptr && part.max > max) max = part.max;
   }
-  double lse = max * std::numbers::ln2 + std::log(sum);
+  // Where every score is -inf the sums are 0, or NaN of a score that is; any finite maximum then leaves them so.
+  const double base = max == -infinity ? 0 : max;
+  for (const PartialRow& part : parts) {
+    if (part.sums != nullptr) sum += part.sum * std::exp2(part.max - base);
+  }
+  for (int i = 0; i < width; ++i) out[i] = 0;
+  if (sum == 0) return static_cast<float>(sink.value_or(-infinity));
+
+  double lse = base * std::numbers::ln2 + std::log(sum);
   double share = 1 / sum;
+  if (sink == infinity && lse < infinity) return static_cast<float>(infinity);
   if (sink) {
     const double keys_lse = lse;
     const double larger = std::fmax(keys_lse, *sink);
@@ -47,8 +43,8 @@ inline float merge_row(std::span<const PartialRow> parts, std::optional<double> 
     share *= std::exp(keys_lse - lse);
   }
   for (const PartialRow& part : parts) {
-    if (part.saw_nothing()) continue;
-    const auto factor = static_cast<float>(std::exp2(part.max - max) * share);
+    if (part.sums == nullptr) continue;
+    const auto factor = static_cast<float>(std::exp2(part.max - base) * share);
     for (int i = 0; i < width; ++i) out[i] += factor * part.sums[i];
   }
   return static_cast<float>(lse);

@@ -20,6 +20,10 @@ inline int available_threads() {
 #endif
 }
 
+/// How many of `workers` threads are worth starting for so many elementary operations: below some, one thread is done
+/// before others have begun.
+inline int workers_for(double operations, int workers) { return operations < (1 << 18) ? 1 : workers; }
+
 /// Calls run(task) for each task from 0 to tasks - 1, on up to `workers` threads: a thread that is free takes the next.
 /// The first exception is thrown again once all threads have stopped.
 template <typename Run>
@@ -31,8 +35,8 @@ void parallel_for(std::int64_t tasks, int workers, const Run& run) {
   std::atomic<std::int64_t> next = 0;
   std::atomic<bool> failed = false;
   std::exception_ptr error;
-  [[maybe_unused]] const int threads = static_cast<int>(tasks < workers ? tasks : workers);
-#pragma omp parallel num_threads(threads)
+  // Always the same number of threads: OpenMP ends those that a smaller team leaves over, and has to start them again.
+#pragma omp parallel num_threads(workers)
   {
     try {
       for (std::int64_t task = next++; task < tasks && !failed; task = next++) run(task);

@@ -15,11 +15,8 @@ inline void rotate(const Rotary& rotary, std::int64_t position, const Kernels& k
   const int half = rotary.dim / 2;
   float* cos = scratch;
   float* sin = scratch + half;
-  const int bytes = bytes_of(rotary.type);
-  kernels.widen(rotary.type, static_cast<const char*>(rotary.cos) + table_row * rotary.cos_stride * bytes, 1, cos,
-                half);
-  kernels.widen(rotary.type, static_cast<const char*>(rotary.sin) + table_row * rotary.sin_stride * bytes, 1, sin,
-                half);
+  kernels.widen(rotary.type, rotary.cos_row(table_row), 1, cos, half);
+  kernels.widen(rotary.type, rotary.sin_row(table_row), 1, sin, half);
   const int pair_step = rotary.interleaved ? 2 : 1;
   const int partner = rotary.interleaved ? 1 : half;
   for (int i = 0; i < half; ++i) {

@@ -1,4 +1,5 @@
-// The functions that python/mate calls, through tvm-ffi: each takes the fields of one arguments struct in their order.
+// The functions that python/mate calls, through tvm-ffi: each takes the fields of a call of python/mate/_calls.py in
+// their order, then its results.
 #include <mate/attention.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/c_env_api.h>
@@ -7,6 +8,7 @@
 #include <tvm/ffi/string.h>
 
 #include <cstdint>
+#include <new>
 #include <optional>
 
 #include "attention/arguments.h"
@@ -49,13 +51,26 @@ void with_python_errors(const Call& call) {
     call();
   } catch (const mate::Error& error) {
     throw ffi::Error(python_exception(error.kind()), error.what(), "");
+  } catch (const std::bad_alloc&) {
+    throw ffi::Error("MemoryError", "MATE could not get the memory that the call needs", "");
   }
 }
 
-/// How a function of Python calls its arguments, by the `Names` of python/mate/_calls.py.
-constexpr mate::ArgumentNames argument_names[] = {{}, mate::cache_argument_names, mate::packed_argument_names};
+/// Makes a result by the allocator of the caller's framework, one of whose tensors it becomes when it is returned.
+mate::Allocate allocate_into(ffi::Optional<ffi::Tensor>& result) {
+  return [&result](DLDataType dtype, DLDevice device, const std::int64_t* shape, int ndim) {
+    result = ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ffi::ShapeView(shape, ndim), dtype, device);
+    return mate::Tensor(*result.value().GetDLTensorPtr());
+  };
+}
 
-/// Returns out where it was not given: tvm-ffi makes it a tensor of the caller's framework, by that one's allocator.
+/// The names of flash_attn_with_kvcache and get_scheduler_metadata, and of flash_attn_qkvpacked_func.
+constexpr mate::ArgumentNames cache_names{"q", "k_cache", "v_cache", "k", "v", "cache_seqlens"};
+constexpr mate::ArgumentNames packed_names{"qkv", "qkv", "qkv"};
+/// By the index that python/mate/_calls.py gives.
+constexpr mate::ArgumentNames argument_names[] = {{}, cache_names, packed_names};
+
+/// Returns out where it was not given.
 ffi::Optional<ffi::Tensor> attention(
     std::int64_t names, ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, OptionalTensor qv,
     OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q, OptionalTensor seqused_k,
@@ -112,10 +127,7 @@ ffi::Optional<ffi::Tensor> attention(
             .scheduler_metadata = view(scheduler_metadata),
             .batch_invariant = batch_invariant,
         },
-        argument_names[names], [&](DLDataType dtype, const std::int64_t* shape, int ndim) {
-          result = ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ffi::ShapeView(shape, ndim), dtype, q.device());
-          return mate::Tensor(*result.value().GetDLTensorPtr());
-        });
+        argument_names[names], allocate_into(result));
   });
   return result;
 }
@@ -131,16 +143,16 @@ void combine(ffi::TensorView out_partial, ffi::TensorView lse_partial, OptionalT
   });
 }
 
-void scheduler_metadata(std::int64_t batch_size, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k,
-                        std::int64_t num_heads_q, std::int64_t num_heads_kv, std::int64_t headdim,
-                        OptionalInt headdim_v, DLDataType qkv_dtype, ffi::Optional<DLDataType> kv_dtype,
-                        OptionalTensor cache_seqlens, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                        OptionalTensor cu_seqlens_k_new, OptionalTensor seqused_q, OptionalTensor cache_leftpad,
-                        OptionalInt page_size, std::int64_t max_seqlen_k_new, bool causal, std::int64_t window_left,
-                        std::int64_t window_right, std::int64_t attention_chunk, bool has_softcap, bool has_qv,
-                        std::int64_t num_splits, ffi::Optional<bool> pack_gqa, std::int64_t sm_margin,
-                        std::int64_t cp_world_size, std::int64_t cp_rank, OptionalTensor cp_tot_seqused_k,
-                        bool batch_invariant, OptionalTensor out) {
+ffi::Optional<ffi::Tensor> scheduler_metadata(
+    std::int64_t batch_size, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k, std::int64_t num_heads_q,
+    std::int64_t num_heads_kv, std::int64_t headdim, OptionalInt headdim_v, DLDataType qkv_dtype,
+    ffi::Optional<DLDataType> kv_dtype, OptionalTensor cache_seqlens, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k, OptionalTensor cu_seqlens_k_new, OptionalTensor seqused_q,
+    OptionalTensor cache_leftpad, OptionalInt page_size, std::int64_t max_seqlen_k_new, bool causal,
+    std::int64_t window_left, std::int64_t window_right, std::int64_t attention_chunk, bool has_softcap, bool has_qv,
+    std::int64_t num_splits, ffi::Optional<bool> pack_gqa, std::int64_t sm_margin, std::int64_t cp_world_size,
+    std::int64_t cp_rank, OptionalTensor cp_tot_seqused_k, bool batch_invariant, OptionalTensor out) {
+  ffi::Optional<ffi::Tensor> result;
   with_python_errors([&] {
     mate::scheduler_metadata(
         {
@@ -176,8 +188,9 @@ void scheduler_metadata(std::int64_t batch_size, std::int64_t max_seqlen_q, std:
             .batch_invariant = batch_invariant,
             .out = view(out),
         },
-        mate::cache_argument_names);
+        cache_names, allocate_into(result));
   });
+  return result;
 }
 
 }  // namespace
@@ -185,6 +198,5 @@ void scheduler_metadata(std::int64_t batch_size, std::int64_t max_seqlen_q, std:
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, attention)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, combine)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(scheduler_metadata, scheduler_metadata)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(scheduler_metadata_size, mate::scheduler_metadata_size)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(describe_backends, [] { return ffi::String(mate::describe_backends()); })
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, [] { return ffi::String(MATE_VERSION); })

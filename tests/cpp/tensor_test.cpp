@@ -77,13 +77,8 @@ TEST(Tensor, ViewsADLPackTensor) {
 }
 
 TEST(Tensor, RefusesWhatItCannotHold) {
-  try {
-    Tensor(nullptr, float32, {1, 1, 1, 1, 1, 1, 1});
-    FAIL() << "seven dimensions were taken";
-  } catch (const Error& error) {
-    EXPECT_EQ(error.kind(), ErrorKind::value);
-    EXPECT_NE(std::string(error.what()).find("7"), std::string::npos) << error.what();
-  }
+  const Tensor seven(nullptr, float32, {1, 2, 3, 4, 5, 6, 7});
+  EXPECT_EQ(seven.ndim(), 7) << "for the message of the call that refuses it";
   try {
     Tensor(nullptr, float32, {1, 1}, {1});
     FAIL() << "one stride for two dimensions was taken";

@@ -68,3 +68,33 @@ def test_without_grad_nothing_is_recorded(mate: ModuleType, device: str, functio
     assert not lse.requires_grad
     with torch.inference_mode():
         assert same_bits(call.run(mate), (out, lse))
+
+
+@pytest.mark.parametrize("name", ["q_descale", "v_descale", "learnable_sink"])
+def test_backward_of_scales_and_sinks(mate: ModuleType, device: str, name: str) -> None:
+    q = torch.randn(1, 3, 2, 8, device=device, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
+    scale = torch.ones(2, device=device) if name == "learnable_sink" else torch.ones(1, 2, device=device)
+    out = mate.flash_attn_func(q, q, q, **{name: scale.requires_grad_()})
+    with pytest.raises(NotImplementedError, match="flash_attn_func"):
+        out.float().sum().backward()
+
+
+def test_what_is_written_is_known_to_autograd(mate: ModuleType, device: str) -> None:
+    """Tensors that a graph has saved and a call then overwrites are noticed when backward needs them."""
+    q, cache = (torch.randn(1, n, 2, 8, device=device, dtype=torch.bfloat16) for n in (1, 4))
+    out, weight = torch.randn_like(q), torch.ones_like(q, requires_grad=True)
+    product = out * weight
+    mate.flash_attn_func(q, q, q, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    versions = cache._version
+    mate.flash_attn_with_kvcache(q, cache, cache.clone(), q, q, cache_seqlens=1)
+    assert cache._version > versions
+
+
+def test_out_must_not_require_grad(mate: ModuleType, device: str) -> None:
+    q = torch.randn(1, 3, 2, 8, device=device, dtype=torch.bfloat16)
+    out = torch.zeros_like(q).requires_grad_()
+    with pytest.raises(ValueError, match="out must not require grad"):
+        mate.flash_attn_func(q, q, q, out=out)
+    assert (out == 0).all()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from judge import same_bits
 
 H, HK, D = 4, 2, 16
@@ -166,3 +167,63 @@ def test_compiled_with_grad(mate: ModuleType, device: str) -> None:
     assert same_bits(out, run(**tensors)[0])
     with pytest.raises(NotImplementedError, match="flash_attn_func"):
         out.sum().backward()
+
+
+def test_dynamic_scheduler_metadata(mate: ModuleType, device: str) -> None:
+    def run(lengths):
+        return mate.get_scheduler_metadata(lengths.shape[0], 1, 500, H, HK, D, lengths)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for values in ([3, 400], [1, 2, 3], [500] * 7):
+        lengths = int32(values, device)
+        assert same_bits(compiled(lengths), run(lengths))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_with_a_dynamic_length(mate: ModuleType, device: str, strict: bool) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, q, k, cu):
+            return mate.flash_attn_varlen_func(q, k, k, cu, cu, q.shape[0], k.shape[0], causal=True)
+
+    def inputs(rows: int) -> tuple[torch.Tensor, ...]:
+        return (
+            randn(rows, H, D, device=device),
+            randn(rows, HK, D, device=device),
+            int32([0, 2, rows], device),
+        )
+
+    rows = torch.export.Dim("rows", min=3, max=100)
+    program = torch.export.export(Module(), inputs(8), dynamic_shapes=({0: rows}, {0: rows}, None), strict=strict)
+    for length in (8, 40):
+        assert same_bits(program.module()(*inputs(length)), Module()(*inputs(length)))
+
+
+@pytest.mark.parametrize("case", [append, into_out])
+def test_compiled_with_grad_where_arguments_are_written(mate: ModuleType, device: str, case: Callable) -> None:
+    run, tensors = case(mate, device)
+    tensors["q"].requires_grad_()
+    torch._dynamo.reset()
+    result = torch.compile(run, fullgraph=True, backend="aot_eager")(**tensors)
+    first = result[0] if isinstance(result, tuple) else result
+    with pytest.raises(NotImplementedError, match="flash_attn_"):
+        first.sum().backward()
+
+
+def test_traced_by_make_fx(mate: ModuleType, device: str) -> None:
+    """A graph that is recorded from real tensors has the call in it, and not the memory of one of its results."""
+    run, tensors = varlen(mate, device)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(run)(*tensors.values())
+    others = {name: value * 2 if value.is_floating_point() else value for name, value in tensors.items()}
+    assert same_bits(graph(*others.values()), run(**others))
+
+
+def test_fake_tensors(mate: ModuleType, device: str) -> None:
+    run, tensors = func(mate, device)
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out, lse = run(**tensors)  # real tensors under the mode
+        fake_out, fake_lse = run(**{name: mode.from_tensor(value) for name, value in tensors.items()})
+    assert out.shape == fake_out.shape == (2, 5, H, D)
+    assert lse.shape == fake_lse.shape == (2, H, 5)
+    fake = mode.from_tensor(tensors["k"])
+    assert mate.flash_attn_func(tensors["q"], fake, fake).shape == (2, 5, H, D)

@@ -180,3 +180,41 @@ def test_very_large_scores(mate: ModuleType, device: str, dtype: torch.dtype) ->
     torch.testing.assert_close(lse, torch.full_like(lse, 8e4))
     out, lse = attention(mate, q, k, v, softmax_scale=-1e4)
     torch.testing.assert_close(lse, torch.full_like(lse, 199.0).log(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_sink_of_infinity_takes_everything(mate: ModuleType, device: str, dtype: torch.dtype) -> None:
+    q, k, v = tensors(device, dtype)
+    want = attention(mate, q, k, v)
+    out, lse = attention(mate, q, k, v, learnable_sink=torch.tensor([INF, -INF, INF, -INF], device=device))
+    assert (out[:, :, ::2] == 0).all()
+    assert (lse[:, ::2] == INF).all()
+    check_unchanged(out[:, :, 1::2], want[0][:, :, 1::2])
+    check_unchanged(lse[:, 1::2], want[1][:, 1::2])
+
+
+@pytest.mark.parametrize("options", [{"softmax_scale": 3e38}, {"softcap": 1e-39}, {"softcap": 1e-50}])
+def test_scores_of_zero_are_uniform_at_any_scale(
+    mate: ModuleType, device: str, dtype: torch.dtype, options: dict
+) -> None:
+    q, k, v = tensors(device, dtype)
+    out, _ = attention(mate, torch.zeros_like(q), k, v, **options)
+    mean = v.double().mean(1, keepdim=True).repeat_interleave(2, 2).expand(2, 6, 4, 8)
+    torch.testing.assert_close(out.double(), mean, rtol=1e-2, atol=1e-3)
+
+
+def test_products_are_scaled_when_they_are_finished(mate: ModuleType) -> None:
+    q, k = torch.full((1, 1, 1, 1), 3e38), torch.full((1, 1, 1, 1), 1e-38)
+    _, lse = attention(mate, q, k, k, softmax_scale=1.0)
+    torch.testing.assert_close(lse, torch.full_like(lse, 3.0))
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 4])
+def test_nan_behind_a_score_of_minus_infinity(mate: ModuleType, device: str, num_splits: int) -> None:
+    """Weight 0 times NaN is NaN, in whichever split the key is."""
+    q, k, v = tensors(device, torch.bfloat16, sk=256)
+    q.abs_()
+    k[:, :128] = -INF
+    v[0, 3] = NAN
+    out, _ = attention(mate, q, k, v, num_splits=num_splits)
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()

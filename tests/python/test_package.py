@@ -1,10 +1,12 @@
 """What the package says about itself."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 
 HEADER = Path(__file__).resolve().parents[2] / "include" / "mate" / "version.h"
@@ -31,3 +33,13 @@ def test_info_on_the_command_line(mate: ModuleType) -> None:
 def test_every_name_it_exports_is_there(mate: ModuleType) -> None:
     for name in mate.__all__:
         assert getattr(mate, name) is not None
+
+
+def test_one_small_wheel_serves_every_python() -> None:
+    try:
+        distribution = importlib.metadata.distribution("mate-attention")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("mate runs from a checkout")
+    assert "Tag: py3-none-" in (distribution.read_text("WHEEL") or "")
+    sizes = [Path(str(file.locate())).stat().st_size for file in distribution.files or ()]
+    assert 0 < sum(sizes) < 10e6

@@ -166,10 +166,12 @@ def test_own_arguments_are_spelled_out_and_by_keyword(module: ModuleType, functi
 
 def test_flash_attn_3_is_the_name_of_the_drop_in(module: ModuleType) -> None:
     if module.__name__ == "flash_attn_interface":
-        package = importlib.import_module("flash_attn_3")
-        assert package is not None
+        inner = importlib.import_module("flash_attn_3.flash_attn_interface")
+        assert importlib.import_module("flash_attn_3").__version__.startswith("3.")
+        for function in POSITIONAL:
+            assert getattr(inner, function) is getattr(module, function)
     for function in POSITIONAL:
-        assert getattr(module, function).__doc__
+        assert getattr(module, function) is getattr(importlib.import_module("mate"), function)
 
 
 def test_all_positionally(mate: ModuleType, device: str) -> None:
@@ -209,7 +211,7 @@ def test_integers_may_be_anything_with_an_index(mate: ModuleType, device: str, i
     assert same_bits(run(integer), run(int))
 
 
-@pytest.mark.parametrize("integer", [int, np.int64], ids=["int", "int64"])
+@pytest.mark.parametrize("integer", [int, np.int64, torch.tensor], ids=["int", "int64", "tensor"])
 def test_an_integer_for_cache_seqlens_is_the_length_of_all(mate: ModuleType, device: str, integer: Any) -> None:
     q, cache = (torch.randn(3, n, 2, 8, device=device, dtype=torch.bfloat16) for n in (1, 20))
     lengths = torch.full((3,), 13, dtype=torch.int32, device=device)

@@ -1,0 +1,13 @@
+// What only the tensors' memory tells: lengths, offsets and page indices.
+#pragma once
+
+#include "arguments.h"
+
+namespace mate {
+
+/// Checks what the tensors hold, which must be memory that the host can read: lengths, page indices, and that no two
+/// sequences append to the same place; with MATE_CHECK=1 also that the rotary table reaches every position. Throws
+/// Error, which names the argument and the sequence.
+void verify_contents(const Problem& problem, const ArgumentNames& names);
+
+}  // namespace mate
