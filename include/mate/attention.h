@@ -3,8 +3,9 @@
 /// Letters: b batch, sq / sk query and key length of one sequence, h query heads, hk key heads (h % hk == 0; query
 /// head i reads key head i / (h / hk)), d head size of q and k, dv head size of v; d and dv are any integers
 /// from 1 to 512. Tensors may have any strides with a contiguous last dimension, and all live on one device.
-/// Every function checks all of its arguments before it writes anything, and throws mate::Error.
-/// docs/flash_attention.md says what each argument means in full.
+/// Every function checks all of its arguments before it writes anything, and throws mate::Error: of kind `type` for a
+/// wrong dtype, `value` for a wrong shape, value or combination, `not_implemented` for a device without a backend.
+/// docs/flash_attention.md has the rules in full. Source of the method: https://arxiv.org/abs/2407.08608.
 #pragma once
 
 #include <mate/error.h>

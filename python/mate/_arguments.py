@@ -92,9 +92,9 @@ def contiguous_rows(name: str, tensor: Tensor) -> Tensor:
         # The first question is the cheaper one, and enough for most.
         if tensor.is_contiguous() or tensor.stride(-1) == 1:
             return tensor
+        return tensor.contiguous()
     except RuntimeError:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}") from None
-    return tensor.contiguous()
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -316,7 +316,9 @@ TEST(Arguments, OnAnotherDevice) {
 
 TEST(Arguments, OnADeviceWithoutABackend) {
   Memory memory;
-  for (const DLDevice device : {DLDevice{kDLMetal, 0}, DLDevice{kDLROCM, 2}}) {
+  const std::pair<DLDevice, const char*> devices[] = {
+      {{kDLCUDA, 1}, "cuda:1"}, {{kDLMetal, 0}, "mps:0"}, {{kDLROCM, 2}, "rocm:2"}};
+  for (const auto& [device, name] : devices) {
     AttentionArguments a = make_call(memory, Base::normal);
     for (const Member member : {&AttentionArguments::q, &AttentionArguments::k, &AttentionArguments::v,
                                 &AttentionArguments::qv, &AttentionArguments::out, &AttentionArguments::lse,
@@ -329,7 +331,6 @@ TEST(Arguments, OnADeviceWithoutABackend) {
       ADD_FAILURE() << "a call was served that has no backend";
     } catch (const Error& error) {
       EXPECT_EQ(static_cast<int>(error.kind()), static_cast<int>(ErrorKind::not_implemented)) << error.what();
-      const std::string name = device.device_type == kDLMetal ? "mps:0" : "rocm:2";
       EXPECT_NE(std::string(error.what()).find(name), std::string::npos) << error.what();
     }
   }
