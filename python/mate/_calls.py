@@ -79,7 +79,10 @@ class AttentionCall(NamedTuple):
         """The inputs that require grad."""
         inputs = (self.q, self.k, self.v, self.qv, self.k_new, self.v_new, self.rotary_cos, self.rotary_sin)
         scales = (self.q_descale, self.k_descale, self.v_descale, self.learnable_sink)
-        return [x for x in inputs + scales if isinstance(x, Tensor) and x.requires_grad]
+        try:
+            return [x for x in inputs + scales if x is not None and x.requires_grad]
+        except AttributeError:
+            return []  # something is no tensor: the library refuses it
 
     def run(self, out: Tensor | None, lse: Tensor | None) -> Tensor:
         """Writes ``out`` (which the library makes where it is None), and ``lse`` where it is given. Returns out."""
