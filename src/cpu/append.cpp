@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 
 #include "backend.h"
 #include "kernels.h"
@@ -14,6 +15,10 @@ constexpr int rows_of_task = 64;
 /// Writes one new row: as it is, unless it is rotated or its type changes.
 void write_row(const Kernels& kernels, const void* source, ElementType source_type, const Rotary* rotary,
                std::int64_t position, float descale, ElementType type, void* target, int width) {
+  if (rotary == nullptr && source_type == type) {
+    std::memcpy(target, source, std::size_t(width) * bytes_of(type));
+    return;
+  }
   float row[max_head_dim];
   float scratch[max_head_dim];
   kernels.widen(source_type, source, 1, row, width);
