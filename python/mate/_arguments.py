@@ -61,10 +61,8 @@ def chunk(attention_chunk: SupportsIndex | None) -> int:
     return 0 if attention_chunk is None else integer("attention_chunk", attention_chunk)
 
 
-def lengths(name: str, value: SupportsIndex | Tensor, batch: int, device: torch.device | None) -> Tensor:
-    """A length for each sequence: the tensor itself, or (batch,) of one integer."""
-    if isinstance(value, Tensor) and value.dim() > 0:
-        return value
+def same_length(name: str, value: SupportsIndex, batch: int, device: torch.device | None) -> Tensor:
+    """One length for all sequences, as a tensor (batch,)."""
     length = integer(name, value)
     if not 0 <= length < 2**31:
         raise ValueError(f"{name} must be from 0 to 2**31 - 1, got {length}")

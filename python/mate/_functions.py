@@ -14,11 +14,11 @@ from mate._arguments import (
     contiguous_rows,
     dtype,
     integer,
-    lengths,
     number,
     one_of,
     optional_integer,
     optional_number,
+    same_length,
     window,
 )
 from mate._calls import (
@@ -207,7 +207,7 @@ def flash_attn_varlen_func(
         out, shaped like q with head size dv; with return_attn_probs, (out, lse) with lse float32 (h, total_q) for
         ragged queries, else (b, h, sq).
     """
-    page_table = one_of(page_table=page_table, block_table=block_table)
+    page_table = _page_table(page_table, block_table)
     is_cache = page_table is not None
     return _attention(
         "flash_attn_varlen_func",
@@ -326,8 +326,8 @@ def flash_attn_with_kvcache(
         has its partial results in the last two places.
     """
     check_tensor("q", q)
-    if cache_seqlens is not None:
-        cache_seqlens = lengths("cache_seqlens", cache_seqlens, _batch_size(q, cu_seqlens_q), q.device)
+    if cache_seqlens is not None and (not isinstance(cache_seqlens, Tensor) or cache_seqlens.dim() == 0):
+        cache_seqlens = same_length("cache_seqlens", cache_seqlens, _batch_size(q, cu_seqlens_q), q.device)
     result = _attention(
         "flash_attn_with_kvcache",
         contiguous_rows("q", q),
@@ -338,7 +338,7 @@ def flash_attn_with_kvcache(
         seqused_q=seqused_q,
         seqused_k=cache_seqlens,
         max_seqlen_q=max_seqlen_q,
-        page_table=one_of(page_table=page_table, block_table=block_table),
+        page_table=_page_table(page_table, block_table),
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
         k_new=None if k is None else contiguous_rows("k", k),
@@ -561,9 +561,9 @@ def get_scheduler_metadata(
         check_tensor(name, tensor)
     batch = integer("batch_size", batch_size)
     used = one_of(cache_seqlens=cache_seqlens, seqused_k=seqused_k)
-    if used is not None:
+    if used is not None and (not isinstance(used, Tensor) or used.dim() == 0):
         device = next((tensor.device for tensor in neighbours.values() if tensor is not None), None)
-        used = lengths("cache_seqlens", used, min(max(batch, 0), 2**31 - 1), device)
+        used = same_length("cache_seqlens", used, min(max(batch, 0), 2**31 - 1), device)
     left, right = window(window_size)
     call = SchedulerMetadataCall(
         batch_size=batch,
@@ -706,6 +706,13 @@ def _sink(learnable_sink: Tensor | None, sinks: Tensor | None, s_aux: Tensor | N
         return learnable_sink
     sink: Tensor | None = one_of(learnable_sink=learnable_sink, sinks=sinks, s_aux=s_aux)
     return sink
+
+
+def _page_table(page_table: Tensor | None, block_table: Tensor | None) -> Tensor | None:
+    if block_table is None:
+        return page_table
+    table: Tensor | None = one_of(page_table=page_table, block_table=block_table)
+    return table
 
 
 def _return_lse(return_attn_probs: bool, return_softmax_lse: bool) -> bool:

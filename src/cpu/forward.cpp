@@ -154,9 +154,7 @@ class TileAttention {
       // Keys of the block that no row of the tile sees are not read.
       const KeyRange columns = columns_of(keys_, first_key);
       load_values(first_key, columns);
-      load_keys(first_key, columns);
-      kernels_.multiply_scores(workspace_.queries.data(), workspace_.keys.data(), columns, workspace_.scores.data(),
-                               rows(), depth_);
+      multiply_scores(first_key, columns);
       for (int row = 0; row < rows(); ++row) {
         float* scores = workspace_.scores.data() + row * block_keys;
         if (problem_.softcap > 0) {
@@ -252,16 +250,31 @@ class TileAttention {
               workspace_.values.data(), width_);
   }
 
-  /// Keys, transposed, and under them the values where qv meets them.
-  void load_keys(int first_key, KeyRange columns) {
-    load_rows(problem_.k, problem_.k_descale.at(b_, key_head_), problem_.head_dim, first_key, columns,
-              workspace_.key_rows.data(), problem_.head_dim);
-    float* keys = workspace_.keys.data();
-    kernels_.transpose(workspace_.key_rows.data(), problem_.head_dim, columns, problem_.head_dim, keys);
-    if (problem_.qv.given()) {
-      kernels_.transpose(workspace_.values.data(), width_, columns, problem_.head_dim_v,
-                         keys + std::int64_t{problem_.head_dim} * block_keys);
+  /// The products of the tile's queries with keys, and of qv with the values, which are loaded already.
+  void multiply_scores(int first_key, KeyRange columns) {
+    const int head_dim = problem_.head_dim;
+    const int head_dim_v = problem_.head_dim_v;
+    const float* key_rows = workspace_.key_rows.data();
+    const float* values = workspace_.values.data();
+    const float* queries = workspace_.queries.data();
+    float* scores = workspace_.scores.data();
+    load_rows(problem_.k, problem_.k_descale.at(b_, key_head_), head_dim, first_key, columns,
+              workspace_.key_rows.data(), head_dim);
+    if (rows() == 1) {
+      // Transposing the keys would take longer than using them once.
+      kernels_.dot_scores(queries, key_rows, head_dim, columns, head_dim, false, scores);
+      if (problem_.qv.given()) {
+        kernels_.dot_scores(queries + head_dim, values, width_, columns, head_dim_v, true, scores);
+      }
+      return;
     }
+    float* keys = workspace_.keys.data();
+    kernels_.transpose(key_rows, head_dim, columns, head_dim, keys);
+    if (problem_.qv.given()) {
+      // Values lie under the keys, as qv lies behind q: one product serves both.
+      kernels_.transpose(values, width_, columns, head_dim_v, keys + std::int64_t{head_dim} * block_keys);
+    }
+    kernels_.multiply_scores(queries, keys, columns, scores, rows(), depth_);
   }
 
   std::optional<double> sink_of(int head) const {

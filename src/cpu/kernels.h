@@ -38,6 +38,11 @@ struct Kernels {
   void (*multiply_scores)(const float* queries, const float* keys, KeyRange columns, float* scores, int rows,
                           int depth);
 
+  /// The same of a single row against keys (block_keys, row_stride)[columns, :depth] that are not transposed:
+  /// scores[column] becomes the product, or grows by it.
+  void (*dot_scores)(const float* query, const float* keys, int row_stride, KeyRange columns, int depth, bool add,
+                     float* scores);
+
   /// scores[i] = softcap * tanh(scale * scores[i] / softcap).
   void (*cap_scores)(float* scores, float scale, float softcap, int count);
 

@@ -152,6 +152,24 @@ void multiply_scores(const float* queries, const float* keys, KeyRange columns, 
   });
 }
 
+void dot_scores(const float* query, const float* keys, int row_stride, KeyRange columns, int depth, bool add,
+                float* scores) {
+  constexpr int vectors = 4;
+  for (int column = columns.begin; column < columns.end; ++column) {
+    const float* key = keys + std::int64_t{column} * row_stride;
+    Float4 sums[vectors] = {};
+    int i = 0;
+    for (; i + vectors * lanes <= depth; i += vectors * lanes) {
+      for (int c = 0; c < vectors; ++c) sums[c] += load(query + i + c * lanes) * load(key + i + c * lanes);
+    }
+    float rest = 0;
+    for (; i < depth; ++i) rest += query[i] * key[i];
+    const Float4 sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    const float product = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+    scores[column] = add ? scores[column] + product : product;
+  }
+}
+
 void accumulate(const float* weights, KeyRange columns, const float* values, const float* rescale, float* sums,
                 int rows, int width) {
   for_row_groups(rows, [&](int row, auto count) {
@@ -212,7 +230,7 @@ float update_softmax(float* scores, KeyRange visible, float scale, RunningSoftma
 }  // namespace
 
 const Kernels portable_kernels{
-    "portable", widen, narrow, transpose, multiply_scores, cap_scores, update_softmax, accumulate,
+    "portable", widen, narrow, transpose, multiply_scores, dot_scores, cap_scores, update_softmax, accumulate,
 };
 
 }  // namespace mate::cpu
