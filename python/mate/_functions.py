@@ -547,7 +547,7 @@ def get_scheduler_metadata(
     Raises:
         TypeError, ValueError, NotImplementedError: as :func:`flash_attn_func`.
     """
-    neighbours = {
+    tensors = {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "cu_seqlens_k_new": cu_seqlens_k_new,
@@ -556,13 +556,13 @@ def get_scheduler_metadata(
         "cp_tot_seqused_k": cp_tot_seqused_k,
         "out": out,
     }
-    neighbours = {name: tensor for name, tensor in neighbours.items() if tensor is not None}
-    for name, tensor in neighbours.items():
-        check_tensor(name, tensor)
+    neighbours = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, neighbour in neighbours.items():
+        check_tensor(name, neighbour)
     batch = integer("batch_size", batch_size)
     used = one_of(cache_seqlens=cache_seqlens, seqused_k=seqused_k)
     if used is not None and (not isinstance(used, Tensor) or used.dim() == 0):
-        device = next((tensor.device for tensor in neighbours.values() if tensor is not None), None)
+        device = next((tensor.device for tensor in neighbours.values()), None)
         used = same_length("cache_seqlens", used, min(max(batch, 0), 2**31 - 1), device)
     left, right = window(window_size)
     call = SchedulerMetadataCall(

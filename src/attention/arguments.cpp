@@ -29,16 +29,12 @@ void* memory_of(const Tensor& tensor) {
   return tensor.data() != nullptr ? tensor.data() : const_cast<int*>(&no_elements);
 }
 
-IntVector int_vector(const Tensor& tensor) {
-  if (!tensor.given()) return {};
-  return {static_cast<const int*>(memory_of(tensor)), tensor.stride(0)};
-}
-
 /// An int32 (extent,) argument, checked.
 IntVector int_vector(const char* name, const Tensor& tensor, std::int64_t extent, const char* letters) {
   check_dtype(name, tensor, {int32});
   check_shape(name, tensor, {extent}, letters);
-  return int_vector(tensor);
+  if (!tensor.given()) return {};
+  return {static_cast<const int*>(memory_of(tensor)), tensor.stride(0)};
 }
 
 /// (slot, row, head, element), or (row, head, element).
