@@ -27,7 +27,7 @@ void attention(const AttentionArguments& arguments, const ArgumentNames& names, 
   } else {
     check_given("out", arguments.out);
   }
-  const Plan plan = make_plan(problem, cpu::machine());
+  const Plan plan = make_plan(problem, cpu::machine(problem));
   if (problem.keys.appends) cpu::append(problem, plan);
   cpu::forward(problem, plan);
 }
@@ -55,7 +55,7 @@ void scheduler_metadata(const SchedulerMetadataArguments& arguments, const Argum
     check_place("out", out, names.seqused_k, lengths);
   }
   check_given("out", out);
-  const Plan plan = make_plan(problem, cpu::machine());
+  const Plan plan = make_plan(problem, cpu::machine(problem));
   for (int b = 0; b < problem.batch; ++b) static_cast<int*>(out.data())[b * out.stride(0)] = plan.splits[b];
 }
 

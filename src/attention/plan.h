@@ -9,18 +9,28 @@
 
 namespace mate {
 
+/// With so many pieces of work a worker, taken as workers become free, the last one to finish is not late by much.
+inline constexpr int pieces_per_worker = 4;
+
 /// What a backend says of itself.
 struct Machine {
-  int tile_rows = 0;   ///< most query rows of a tile
-  int block_keys = 0;  ///< keys of a block
-  int workers = 1;     ///< multiprocessors or threads, before sm_margin
+  int min_tile_rows = 0;  ///< query rows of a tile, where the work is to be shared by all workers,
+  int max_tile_rows = 0;  ///< and where there is more than enough of it: a multiple of the least
+  int block_keys = 0;     ///< keys of a block
+  /// Sequences of at most so many packed rows read their keys as a stream: one worker takes all head units together.
+  int streamed_rows = 0;
+  int workers = 1;  ///< multiprocessors or threads, before sm_margin
 };
 
 /// How a call's work is cut up. It follows from lengths, heads, mask and options, never from where the keys lie.
 struct Plan {
   Tiling tiling;
   std::vector<int> splits;  ///< of the keys of each sequence: 1 .. max_splits
+  int streamed_rows = 0;
   int workers = 1;
+
+  /// Whether the keys of a sequence are read as a stream.
+  bool streams(const Lengths& lengths) const { return std::int64_t{lengths.sq} * tiling.pack <= streamed_rows; }
 
   /// Groups of tiling.pack query heads, each with tiles of its own.
   int head_units(const Problem& problem) const { return problem.heads_q / tiling.pack; }

@@ -14,8 +14,8 @@ void append(const Problem& problem, const Plan& plan);
 /// Writes out and lse. The problem's contents are verified, and its new keys appended.
 void forward(const Problem& problem, const Plan& plan);
 
-/// How forward() will be planned.
-Machine machine();
+/// How forward() of a problem of such head sizes will be planned.
+Machine machine(const Problem& problem);
 
 /// Writes out and lse.
 void combine(const CombineProblem& problem);

@@ -1,8 +1,11 @@
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <numbers>
 #include <optional>
 #include <span>
@@ -24,13 +27,14 @@ struct Tile {
   int index;
   BlockRange blocks;
   int splits;
-  std::int64_t first_split_tile;  ///< its SplitTile of the first unit, where it has more than one split
+  int units_of_task;              ///< head units that are worked on together
+  std::int64_t first_split_tile;  ///< its SplitTile of the first units, where it has more than one split
 };
 
-/// One piece of work: a split of a tile, for the query heads of one unit.
+/// One piece of work: a split of a tile, for some head units.
 struct Task {
   int tile;
-  int unit;
+  int first_unit;
   int split;
 };
 
@@ -39,150 +43,210 @@ struct Schedule {
   std::vector<Tile> tiles;
   std::vector<Task> tasks;
   std::int64_t split_tiles = 0;
-  double multiplications = 0;
+  int workers = 1;
 };
+
+/// Floats of queries and sums that a thread holds at most, however many head units it takes together: they had better
+/// stay in its cache.
+constexpr std::int64_t floats_of_task = 64 * 1024;
 
 Schedule make_schedule(const Problem& problem, const Plan& plan) {
   Schedule schedule;
   const Tiling& tiling = plan.tiling;
   const int units = plan.head_units(problem);
+  const int head_dims = problem.head_dim + problem.head_dim_v;
+  double multiplications = 0;
+  std::int64_t streamed_pieces = 0;
   for (int b = 0; b < problem.batch; ++b) {
     const Lengths lengths = problem.sequence(b).lengths;
     for (int tile = 0; tile < tiles_of(tiling, lengths.sq); ++tile) {
       const BlockRange blocks = blocks_of_tile(tiling, problem.mask, lengths, tile);
+      const int rows = rows_of_tile(tiling, lengths.sq, tile).count();
       // A split without a block would add nothing.
       const int splits = std::clamp(blocks.size(), 1, plan.splits[b]);
-      schedule.tiles.push_back({b, tile, blocks, splits, schedule.split_tiles});
-      if (splits > 1) schedule.split_tiles += units;
-      schedule.multiplications += double{block_keys} * blocks.size() * rows_of_tile(tiling, lengths.sq, tile).count() *
-                                  units * (problem.head_dim + problem.head_dim_v);
+      const bool streams = plan.streams(lengths);
+      const int most_units = static_cast<int>(std::max<std::int64_t>(1, floats_of_task / (rows * head_dims)));
+      schedule.tiles.push_back({b, tile, blocks, splits, streams ? std::min(units, most_units) : 1, 0});
+      if (streams) streamed_pieces += splits;
+      multiplications += double{block_keys} * blocks.size() * rows * units * head_dims;
     }
+  }
+  schedule.workers = workers_for(multiplications, plan.workers);
+  if (streamed_pieces > 0 && schedule.workers > 1) {
+    // With too few pieces for all workers, the head units are shared out too.
+    const std::int64_t groups = divide_up(std::int64_t{schedule.workers} * pieces_per_worker, streamed_pieces);
+    for (Tile& tile : schedule.tiles) tile.units_of_task = clamp(divide_up(units, groups), 1, tile.units_of_task);
   }
   // The longest first: whatever is taken last is short, so that all workers end together.
   std::stable_sort(schedule.tiles.begin(), schedule.tiles.end(), [](const Tile& a, const Tile& b) {
     return std::int64_t{a.blocks.size()} * b.splits > std::int64_t{b.blocks.size()} * a.splits;
   });
-  for (int tile = 0; tile < static_cast<int>(schedule.tiles.size()); ++tile) {
-    for (int unit = 0; unit < units; ++unit) {
-      for (int split = 0; split < schedule.tiles[tile].splits; ++split) schedule.tasks.push_back({tile, unit, split});
+  for (int index = 0; index < static_cast<int>(schedule.tiles.size()); ++index) {
+    Tile& tile = schedule.tiles[index];
+    tile.first_split_tile = schedule.split_tiles;
+    if (tile.splits > 1) schedule.split_tiles += divide_up(units, tile.units_of_task);
+    for (int unit = 0; unit < units; unit += tile.units_of_task) {
+      for (int split = 0; split < tile.splits; ++split) schedule.tasks.push_back({index, unit, split});
     }
   }
   return schedule;
 }
 
-/// What the rows of a tile have summed up over the keys of one split.
-struct Partial {
-  std::vector<float> sums;  ///< (rows, width)
-  std::vector<RunningSoftmax> softmax;
+int round_up(int value, int multiple) { return static_cast<int>(divide_up(value, multiple)) * multiple; }
 
-  void start(int rows, int width) {
-    sums.assign(std::size_t(rows) * width, 0.0F);
-    softmax.assign(rows, {-std::numeric_limits<float>::infinity(), 0.0F});
+/// Memory that starts at a cache line, where vectors had better start too. Its floats are 0 when they are new.
+class Floats {
+ public:
+  float* data() const { return data_.get(); }
+
+  void reserve(std::size_t size) {
+    if (size <= size_) return;
+    data_.reset(new (std::align_val_t{cache_line}) float[size]());
+    size_ = size;
+  }
+
+ private:
+  static constexpr std::size_t cache_line = 64;
+  struct Delete {
+    void operator()(float* data) const { ::operator delete[](data, std::align_val_t{cache_line}); }
+  };
+  std::unique_ptr<float[], Delete> data_;
+  std::size_t size_ = 0;
+};
+
+/// What the rows of a task have summed up over the keys of one split. A row's place is that of its head unit, which
+/// starts at a whole vector, and its own in the tile.
+struct Partial {
+  Floats sums;  ///< (places, width)
+  Floats max;
+  Floats sum;
+
+  void start(int places, int width) {
+    sums.reserve(std::size_t(places) * width);
+    max.reserve(places);
+    sum.reserve(places);
+    std::fill_n(sums.data(), std::size_t(places) * width, 0.0F);
+    std::fill_n(max.data(), places, -std::numeric_limits<float>::infinity());
+    std::fill_n(sum.data(), places, 0.0F);
   }
 };
 
-/// The splits of one tile and head unit: whichever worker finishes the last of them merges all, always in their order.
+/// The splits of one tile and its head units of a task: whichever worker finishes the last of them merges all, always
+/// in their order.
 struct SplitTile {
   std::once_flag allocated;
   std::unique_ptr<Partial[]> partials;
   std::atomic<int> finished = 0;
 };
 
-/// A thread's own memory. It depends on head sizes alone.
-struct Workspace {
-  std::vector<float> queries;     ///< (rows, depth)
-  std::vector<float> key_rows;    ///< (block_keys, d): before they are transposed
-  std::vector<float> keys;        ///< (depth, block_keys): transposed
-  std::vector<float> values;      ///< (block_keys, width)
-  std::vector<float> scores;      ///< (rows, block_keys)
-  std::vector<float> row;         ///< one row: a query that is rotated, or the merged sums
-  std::vector<float> scratch;     ///< the angles of a rotation, then the rotated query in its own type
-  std::vector<KeyRange> visible;  ///< keys that each row sees
-  std::vector<float> rescale;
-  Partial partial;
+/// Query rows that are worked on together.
+struct Strip {
+  int first;  ///< row of the tile
+  int rows;
+  KeyRange some;   ///< keys that some row sees
+  KeyRange every;  ///< keys that every row sees
+};
 
-  void reserve(int depth, int width) {
-    const auto grow = [](std::vector<float>& memory, std::size_t size) {
-      if (memory.size() < size) memory.resize(size);
-    };
-    grow(queries, std::size_t{tile_rows} * depth);
-    grow(key_rows, std::size_t{block_keys} * depth);
-    grow(keys, std::size_t(depth) * block_keys);
-    grow(values, std::size_t{block_keys} * width);
-    grow(scores, std::size_t{tile_rows} * block_keys);
-    grow(row, std::max(depth, width));
-    grow(scratch, std::max(depth, width));
-    grow(rescale, tile_rows);
-    visible.resize(tile_rows);
-  }
+/// Where the rows of a block of keys lie. Those outside the columns that the tile sees, up to the next multiples of
+/// key_step, are rows that it does see: they may be read, and their scores are masked.
+struct LocatedBlock {
+  KeyRange columns;
+  std::array<const char*, block_keys> keys;
+  std::array<const char*, block_keys> values;
+};
+
+/// A thread's own memory. Its size depends on head sizes alone.
+struct Workspace {
+  Floats rows;                     ///< (strip_rows, d or dv): queries before they are packed
+  Floats queries;                  ///< streamed: (places, depth); packed: for each strip (depth, strip_rows)
+  Floats keys;                     ///< packed: (block_keys, depth)
+  Floats values;                   ///< packed: (block_keys, width)
+  Floats scores;                   ///< (block_keys, strip_rows)
+  Floats row;                      ///< one row: a query that is rotated, or the merged sums
+  Floats scratch;                  ///< the angles of a rotation, then the rotated query in its own type
+  Floats rescale;                  ///< (strip_rows)
+  std::vector<int> visible_begin;  ///< for each row of the tile
+  std::vector<int> visible_count;
+  std::vector<Strip> strips;
+  LocatedBlock blocks[2];
+  Partial partial;
 };
 
 thread_local Workspace thread_workspace;
 
-/// The attention of one tile of query rows of one head unit over some key blocks.
+/// The attention of one tile of query rows of some head units over some key blocks.
+///
+/// Few rows read their keys where they lie (streamed): the work is to read each key once, and all head units of a block
+/// come together, since they are neighbours in memory. Many rows pack a block of keys, once for all of them, into what
+/// the products are fastest with.
 class TileAttention {
  public:
-  TileAttention(const Problem& problem, const Tiling& tiling, const Tile& tile, int unit)
+  TileAttention(const Problem& problem, const Plan& plan, const Tile& tile, int first_unit)
       : problem_(problem),
         kernels_(kernels()),
         workspace_(thread_workspace),
-        pack_(tiling.pack),
+        pack_(plan.tiling.pack),
         b_(tile.b),
-        first_head_(unit * pack_),
-        key_head_(first_head_ / problem.group()),
+        first_unit_(first_unit),
+        units_(std::min(tile.units_of_task, plan.head_units(problem) - first_unit)),
         sequence_(problem.sequence(tile.b)),
-        rows_(rows_of_tile(tiling, sequence_.lengths.sq, tile.index)),
-        keys_(keys_of_tile(tiling, problem.mask, sequence_.lengths, tile.index)),
-        depth_(problem.head_dim + (problem.qv.given() ? problem.head_dim_v : 0)),
-        width_(static_cast<int>(divide_up(problem.head_dim_v, width_multiple)) * width_multiple) {
-    workspace_.reserve(depth_, width_);
+        streams_(plan.streams(sequence_.lengths)),
+        packed_(has_bfloat16_products() ? kernels_.bfloat16 : kernels_.float32),
+        rows_(rows_of_tile(plan.tiling, sequence_.lengths.sq, tile.index)),
+        places_(round_up(rows_.count(), width_multiple)),
+        keys_(keys_of_tile(plan.tiling, problem.mask, sequence_.lengths, tile.index)),
+        width_(round_up(problem.head_dim_v, width_multiple)) {
+    const int step = streams_ ? width_multiple : packed_.numbers_per_lane;
+    const auto length_of = [&](int head_dim) { return round_up(head_dim, step) / (streams_ ? 1 : step); };
+    qv_at_ = length_of(problem.head_dim);
+    depth_ = qv_at_ + (problem.qv.given() ? length_of(problem.head_dim_v) : 0);
   }
 
-  int rows() const { return rows_.count(); }
-
+  /// Sums up over `blocks`.
   void run(BlockRange blocks, Partial& partial) {
-    partial.start(rows(), width_);
+    partial.start(units_ * places_, width_);
     if (blocks.size() == 0) return;
+    reserve();
+    find_visible();
     load_queries();
-    // The products are scaled when they are finished: scaled queries could overflow where scores do not.
-    const float scale = to_base_2(problem_.softcap > 0 ? 1.0F : problem_.softmax_scale);
-    for (int row = 0; row < rows(); ++row) {
-      workspace_.visible[row] = visible_keys(problem_.mask, sequence_.lengths, query_row(row));
-    }
-    for (int block = blocks.begin; block < blocks.end; ++block) {
-      const int first_key = block * block_keys;
-      // Keys of the block that no row of the tile sees are not read.
-      const KeyRange columns = columns_of(keys_, first_key);
-      load_values(first_key, columns);
-      multiply_scores(first_key, columns);
-      for (int row = 0; row < rows(); ++row) {
-        float* scores = workspace_.scores.data() + row * block_keys;
-        if (problem_.softcap > 0) {
-          kernels_.cap_scores(scores, problem_.softmax_scale, problem_.softcap, block_keys);
-        }
-        workspace_.rescale[row] = kernels_.update_softmax(scores, columns_of(workspace_.visible[row], first_key), scale,
-                                                          partial.softmax[row]);
+    LocatedBlock* block = &workspace_.blocks[0];
+    LocatedBlock* next = &workspace_.blocks[1];
+    locate(blocks.begin, *block);
+    for (int n = blocks.begin; n < blocks.end; ++n) {
+      next->columns = {};
+      if (n + 1 < blocks.end) locate(n + 1, *next);
+      if (streams_) {
+        stream(n * block_keys, *block, *next, partial);
+      } else {
+        multiply_packed(n * block_keys, *block, partial);
       }
-      kernels_.accumulate(workspace_.scores.data(), columns, workspace_.values.data(), workspace_.rescale.data(),
-                          partial.sums.data(), rows(), width_);
+      std::swap(block, next);
     }
   }
 
-  /// Writes out and lse of the tile from all its parts.
+  /// Writes out and lse from all parts.
   void finish(std::span<const Partial> partials) {
     std::vector<PartialRow> parts(partials.size());
+    workspace_.row.reserve(max_head_dim);
     float* merged = workspace_.row.data();
-    for (int row = 0; row < rows(); ++row) {
-      for (std::size_t i = 0; i < partials.size(); ++i) {
-        const RunningSoftmax& softmax = partials[i].softmax[row];
-        parts[i] = {partials[i].sums.data() + std::int64_t{row} * width_, softmax.max, softmax.sum};
+    const int slot = problem_.query_slot(b_);
+    for (int unit = 0; unit < units_; ++unit) {
+      const float descale = problem_.v_descale.at(b_, key_head(unit));
+      for (int row = 0; row < rows_.count(); ++row) {
+        const std::int64_t place = std::int64_t{unit} * places_ + row;
+        for (std::size_t i = 0; i < partials.size(); ++i) {
+          const Partial& partial = partials[i];
+          parts[i] = {partial.sums.data() + place * width_, partial.max.data()[place], partial.sum.data()[place]};
+        }
+        const int head = query_head(unit, row);
+        const float lse = merge_row(parts, sink_of(head), problem_.head_dim_v, merged);
+        if (descale != 1) {
+          for (int i = 0; i < problem_.head_dim_v; ++i) merged[i] *= descale;
+        }
+        const std::int64_t out_row = std::int64_t{sequence_.first_q} + query_row(row);
+        kernels_.narrow(merged, problem_.out.type, problem_.out.at(slot, out_row, head), problem_.head_dim_v);
+        if (problem_.lse.data != nullptr) problem_.lse.at(slot, head, out_row) = lse;
       }
-      const int head = query_head(row);
-      const float lse = merge_row(parts, sink_of(head), problem_.head_dim_v, merged);
-      const std::int64_t out_row = std::int64_t{sequence_.first_q} + query_row(row);
-      const int slot = problem_.query_slot(b_);
-      kernels_.narrow(merged, problem_.out.type, problem_.out.at(slot, out_row, head), problem_.head_dim_v);
-      if (problem_.lse.data != nullptr) problem_.lse.at(slot, head, out_row) = lse;
     }
   }
 
@@ -194,26 +258,98 @@ class TileAttention {
   }
 
   int query_row(int row) const { return static_cast<int>((rows_.first + row) / pack_); }
-  int query_head(int row) const { return first_head_ + static_cast<int>((rows_.first + row) % pack_); }
+  int query_head(int unit, int row) const {
+    return (first_unit_ + unit) * pack_ + static_cast<int>((rows_.first + row) % pack_);
+  }
+  int key_head(int unit) const { return (first_unit_ + unit) * pack_ / problem_.group(); }
 
   static KeyRange columns_of(KeyRange keys, int first_key) {
     return {std::clamp(keys.begin - first_key, 0, block_keys), std::clamp(keys.end - first_key, 0, block_keys)};
   }
 
+  static KeyRange rounded_out(KeyRange columns) {
+    if (columns.empty()) return {};
+    return {columns.begin / key_step * key_step, round_up(columns.end, key_step)};
+  }
+
+  /// Whether all operands are bfloat16, and the processor multiplies those.
+  bool has_bfloat16_products() const {
+    const auto matches = [](const Rows& rows) { return !rows.given() || rows.type == ElementType::bfloat16; };
+    const bool scaled = problem_.q_descale.data != nullptr || problem_.k_descale.data != nullptr;
+    return kernels_.bfloat16.numbers_per_lane != 0 && !scaled && matches(problem_.q) && matches(problem_.qv) &&
+           matches(problem_.k) && matches(problem_.v);
+  }
+
+  void reserve() {
+    const int strips = static_cast<int>(divide_up(rows_.count(), strip_rows));
+    workspace_.rows.reserve(std::size_t{strip_rows} * std::max(problem_.head_dim, problem_.head_dim_v));
+    workspace_.queries.reserve(std::size_t(depth_) * (streams_ ? units_ * places_ : strips * strip_rows));
+    if (!streams_) {
+      workspace_.keys.reserve(std::size_t(block_keys) * depth_);
+      workspace_.values.reserve(std::size_t(block_keys) * width_);
+    }
+    workspace_.scores.reserve(std::size_t{block_keys} * strip_rows);
+    workspace_.row.reserve(max_head_dim);
+    workspace_.scratch.reserve(max_head_dim);
+    workspace_.rescale.reserve(strip_rows);
+  }
+
+  void find_visible() {
+    std::vector<int>& begin = workspace_.visible_begin;
+    std::vector<int>& count = workspace_.visible_count;
+    begin.assign(places_, 0);
+    count.assign(places_, 0);
+    for (int row = 0; row < rows_.count(); ++row) {
+      const KeyRange keys = visible_keys(problem_.mask, sequence_.lengths, query_row(row));
+      begin[row] = keys.begin;
+      count[row] = keys.size();
+    }
+    workspace_.strips.clear();
+    for (int first = 0; first < rows_.count(); first += strip_rows) {
+      const int rows = std::min(strip_rows, rows_.count() - first);
+      const int first_row = query_row(first);
+      const int last_row = query_row(first + rows - 1);
+      workspace_.strips.push_back({first, rows, keys_of_some_row(problem_.mask, sequence_.lengths, first_row, last_row),
+                                   keys_of_every_row(problem_.mask, sequence_.lengths, first_row, last_row)});
+    }
+  }
+
+  /// Scores are multiplied by numbers of at least 0 only: a negative scale turns the queries' signs instead.
+  float sign() const { return problem_.softmax_scale < 0 ? -1.0F : 1.0F; }
+
   void load_queries() {
-    const float descale = problem_.q_descale.at(b_, key_head_);
-    const int slot = problem_.query_slot(b_);
-    for (int row = 0; row < rows(); ++row) {
-      float* target = workspace_.queries.data() + std::int64_t{row} * depth_;
-      const std::int64_t q_row = std::int64_t{sequence_.first_q} + query_row(row);
-      const void* source = problem_.q.at(slot, q_row, query_head(row));
-      if (problem_.rotary.given()) source = rotated_query(source, query_row(row));
-      kernels_.widen(problem_.q.type, source, descale, target, problem_.head_dim);
+    for (int unit = 0; unit < units_; ++unit) {
+      const float factor = sign() * problem_.q_descale.at(b_, key_head(unit));
+      load_queries(problem_.q, problem_.head_dim, factor * problem_.k_descale.at(b_, key_head(unit)), unit, 0);
       if (problem_.qv.given()) {
-        kernels_.widen(problem_.qv.type, problem_.qv.at(slot, q_row, query_head(row)), descale,
-                       target + problem_.head_dim, problem_.head_dim_v);
+        load_queries(problem_.qv, problem_.head_dim_v, factor * problem_.v_descale.at(b_, key_head(unit)), unit,
+                     qv_at_);
       }
     }
+  }
+
+  /// Loads the rows of q or qv, from `at` on in what is summed over.
+  void load_queries(const Rows& source, int head_dim, float factor, int unit, int at) {
+    for (const Strip& strip : workspace_.strips) {
+      float* target =
+          streams_ ? workspace_.queries.data() + std::int64_t{unit} * places_ * depth_ + at : workspace_.rows.data();
+      const int stride = streams_ ? depth_ : head_dim;
+      for (int row = 0; row < strip.rows; ++row) {
+        const int q_row = query_row(strip.first + row);
+        const void* query = source.at(problem_.query_slot(b_), std::int64_t{sequence_.first_q} + q_row,
+                                      query_head(unit, strip.first + row));
+        if (problem_.rotary.given() && at == 0) query = rotated_query(query, q_row);
+        kernels_.widen(source.type, query, factor, target + std::int64_t{row} * stride, head_dim);
+        if (streams_)
+          std::fill(target + row * stride + head_dim, target + row * stride + round_up(head_dim, width_multiple), 0.0F);
+      }
+      if (!streams_)
+        packed_.pack_queries(target, stride, strip.rows, head_dim, packed_queries(strip) + at * strip_rows);
+    }
+  }
+
+  float* packed_queries(const Strip& strip) const {
+    return workspace_.queries.data() + std::int64_t{strip.first} * depth_;
   }
 
   /// The rotated query, rounded to its own type.
@@ -227,54 +363,109 @@ class TileAttention {
     return scratch;
   }
 
-  /// Widens the first `count` elements of the rows of keys first_key + columns to rows of target.
-  void load_rows(const Rows& rows, float factor, int count, int first_key, KeyRange columns, float* target,
-                 int target_stride) {
-    const std::int64_t row_bytes = rows.row_stride * bytes_of(rows.type);
-    int column = columns.begin;
-    while (column < columns.end) {
+  void locate(int n, LocatedBlock& block) const {
+    const int first_key = n * block_keys;
+    // Keys of the block that no row of the tile sees are not read.
+    block.columns = columns_of(keys_, first_key);
+    const std::int64_t key_step_bytes = problem_.k.row_stride * bytes_of(problem_.k.type);
+    const std::int64_t value_step_bytes = problem_.v.row_stride * bytes_of(problem_.v.type);
+    int column = block.columns.begin;
+    while (column < block.columns.end) {
       // Rows of one page, or of a cache without pages, lie at one distance from each other.
       const Location first = locate_key(problem_.keys, sequence_, first_key + column);
-      const std::int64_t rest = columns.end - column;
+      const std::int64_t rest = block.columns.end - column;
       const std::int64_t run =
           problem_.keys.paged() ? std::min<std::int64_t>(rest, problem_.keys.rows - first.row) : rest;
-      const char* source = static_cast<const char*>(rows.at(first.slot, first.row, key_head_));
-      for (const int end = column + static_cast<int>(run); column < end; ++column, source += row_bytes) {
-        kernels_.widen(rows.type, source, factor, target + std::int64_t{column} * target_stride, count);
+      const char* key = static_cast<const char*>(problem_.k.at(first.slot, first.row, 0));
+      const char* value = static_cast<const char*>(problem_.v.at(first.slot, first.row, 0));
+      for (const int end = column + static_cast<int>(run); column < end; ++column) {
+        block.keys[column] = key;
+        block.values[column] = value;
+        key += key_step_bytes;
+        value += value_step_bytes;
       }
     }
+    const KeyRange rounded = rounded_out(block.columns);
+    const auto copy_row = [&](int from, int begin, int end) {
+      for (auto* rows : {&block.keys, &block.values})
+        std::fill(rows->begin() + begin, rows->begin() + end, (*rows)[from]);
+    };
+    if (block.columns.empty()) return;
+    copy_row(block.columns.begin, rounded.begin, block.columns.begin);
+    copy_row(block.columns.end - 1, block.columns.end, rounded.end);
   }
 
-  void load_values(int first_key, KeyRange columns) {
-    load_rows(problem_.v, problem_.v_descale.at(b_, key_head_), problem_.head_dim_v, first_key, columns,
-              workspace_.values.data(), width_);
+  BlockRows keys_of(const LocatedBlock& block, int unit) const {
+    const int bytes = bytes_of(problem_.k.type);
+    return {block.keys.data(), key_head(unit) * problem_.k.head_stride * bytes, problem_.head_dim * bytes};
+  }
+  BlockRows values_of(const LocatedBlock& block, int unit) const {
+    const int bytes = bytes_of(problem_.v.type);
+    return {block.values.data(), key_head(unit) * problem_.v.head_stride * bytes, problem_.head_dim_v * bytes};
   }
 
-  /// The products of the tile's queries with keys, and of qv with the values, which are loaded already.
-  void multiply_scores(int first_key, KeyRange columns) {
-    const int head_dim = problem_.head_dim;
-    const int head_dim_v = problem_.head_dim_v;
-    const float* key_rows = workspace_.key_rows.data();
-    const float* values = workspace_.values.data();
-    const float* queries = workspace_.queries.data();
+  /// One block, whose rows are read where they lie, while the rows that are needed next are fetched.
+  void stream(int first_key, const LocatedBlock& block, const LocatedBlock& next_block, Partial& partial) {
+    const Strip& strip = workspace_.strips.front();
+    const KeyRange columns = rounded_out(block.columns);
     float* scores = workspace_.scores.data();
-    load_rows(problem_.k, problem_.k_descale.at(b_, key_head_), head_dim, first_key, columns,
-              workspace_.key_rows.data(), head_dim);
-    if (rows() == 1) {
-      // Transposing the keys would take longer than using them once.
-      kernels_.dot_scores(queries, key_rows, head_dim, columns, head_dim, false, scores);
+    for (int unit = 0; unit < units_; ++unit) {
+      const std::int64_t place = std::int64_t{unit} * places_;
+      const float* queries = workspace_.queries.data() + place * depth_;
+      const BlockRows values = values_of(block, unit);
+      kernels_.dot_scores(problem_.k.type, keys_of(block, unit), queries, depth_, columns, strip.rows,
+                          problem_.head_dim, false, scores, values);
       if (problem_.qv.given()) {
-        kernels_.dot_scores(queries + head_dim, values, width_, columns, head_dim_v, true, scores);
+        kernels_.dot_scores(problem_.v.type, values, queries + qv_at_, depth_, columns, strip.rows, problem_.head_dim_v,
+                            true, scores, {});
       }
-      return;
+      update_softmax(kernels_.float32, strip, first_key, columns, partial, place);
+      const bool last = unit + 1 == units_;
+      const LocatedBlock& next = last ? next_block : block;
+      kernels_.accumulate(problem_.v.type, scores, values, columns, workspace_.rescale.data(),
+                          partial.sums.data() + place * width_, width_, strip.rows, problem_.head_dim_v,
+                          keys_of(next, last ? 0 : unit + 1), rounded_out(next.columns));
     }
+  }
+
+  /// One block, packed for all strips of the tile.
+  void multiply_packed(int first_key, const LocatedBlock& block, Partial& partial) {
+    const KeyRange columns = rounded_out(block.columns);
     float* keys = workspace_.keys.data();
-    kernels_.transpose(key_rows, head_dim, columns, head_dim, keys);
+    float* values = workspace_.values.data();
+    float* scores = workspace_.scores.data();
+    packed_.pack_keys(problem_.k.type, keys_of(block, 0), columns, problem_.head_dim, keys, depth_);
+    packed_.pack_values(problem_.v.type, values_of(block, 0), columns, problem_.head_dim_v, values, width_);
     if (problem_.qv.given()) {
-      // Values lie under the keys, as qv lies behind q: one product serves both.
-      kernels_.transpose(values, width_, columns, head_dim_v, keys + std::int64_t{head_dim} * block_keys);
+      // Values lie behind the keys, as qv lies behind q: one product serves both.
+      packed_.pack_keys(problem_.v.type, values_of(block, 0), columns, problem_.head_dim_v, keys + qv_at_, depth_);
     }
-    kernels_.multiply_scores(queries, keys, columns, scores, rows(), depth_);
+    for (const Strip& strip : workspace_.strips) {
+      const KeyRange seen = rounded_out(columns_of(strip.some, first_key));
+      if (seen.empty()) continue;
+      packed_.multiply_scores(keys, packed_queries(strip), seen, strip.rows, depth_, scores);
+      update_softmax(packed_, strip, first_key, seen, partial, strip.first);
+      packed_.accumulate(scores, values, seen, workspace_.rescale.data(),
+                         partial.sums.data() + std::int64_t{strip.first} * width_, strip.rows, width_);
+    }
+  }
+
+  void update_softmax(const PackedKernels& packed, const Strip& strip, int first_key, KeyRange columns,
+                      Partial& partial, std::int64_t place) {
+    float* scores = workspace_.scores.data();
+    // The products are scaled when they are finished: scaled queries could overflow where scores do not.
+    float scale = std::abs(problem_.softmax_scale);
+    if (problem_.softcap > 0) {
+      kernels_.cap_scores(scores, columns, scale, problem_.softcap, strip.rows);
+      scale = 1;
+    }
+    VisibleKeys visible;
+    if (strip.every.begin > first_key + columns.begin || strip.every.end < first_key + columns.end) {
+      visible = {workspace_.visible_begin.data() + strip.first, workspace_.visible_count.data() + strip.first,
+                 first_key};
+    }
+    packed.update_softmax(scores, columns, visible, to_base_2(scale), strip.rows,
+                          {partial.max.data() + place, partial.sum.data() + place}, workspace_.rescale.data());
   }
 
   std::optional<double> sink_of(int head) const {
@@ -289,13 +480,17 @@ class TileAttention {
   Workspace& workspace_;
   int pack_;
   int b_;
-  int first_head_;
-  int key_head_;
+  int first_unit_;
+  int units_;
   Sequence sequence_;
+  bool streams_;
+  const PackedKernels& packed_;
   TileRows rows_;
+  int places_;  ///< of one head unit
   KeyRange keys_;
-  int depth_;  ///< of the products of queries and keys
   int width_;  ///< of the rows of values and sums, padding included
+  int qv_at_;  ///< where qv and the values start in what is summed over for the scores,
+  int depth_;  ///< and where that ends
 };
 
 /// Rows of out that belong to no query: 0, and -inf in lse.
@@ -326,24 +521,29 @@ void clear_unused_rows(const Problem& problem) {
 
 }  // namespace
 
-Machine machine() { return {tile_rows, block_keys, available_threads()}; }
+Machine machine(const Problem& problem) {
+  // The queries and sums of a tile stay in a core's second cache, which holds a megabyte or more.
+  constexpr int floats_of_tile = 64 * 1024;
+  const int depth = problem.head_dim + (problem.qv.given() ? problem.head_dim_v : 0);
+  const int strips = std::clamp(floats_of_tile / (strip_rows * (depth + problem.head_dim_v)), 1, 8);
+  return {strip_rows, strips * strip_rows, block_keys, streamed_rows, available_threads()};
+}
 
 void forward(const Problem& problem, const Plan& plan) {
   const Schedule schedule = make_schedule(problem, plan);
   std::vector<SplitTile> split_tiles(schedule.split_tiles);
   clear_unused_rows(problem);
-  const int workers = workers_for(schedule.multiplications, plan.workers);
-  parallel_for(static_cast<std::int64_t>(schedule.tasks.size()), workers, [&](std::int64_t i) {
+  parallel_for(static_cast<std::int64_t>(schedule.tasks.size()), schedule.workers, [&](std::int64_t i) {
     const Task& task = schedule.tasks[i];
     const Tile& tile = schedule.tiles[task.tile];
-    TileAttention attention(problem, plan.tiling, tile, task.unit);
+    TileAttention attention(problem, plan, tile, task.first_unit);
     if (tile.splits == 1) {
       Partial& partial = thread_workspace.partial;
       attention.run(tile.blocks, partial);
       attention.finish({&partial, 1});
       return;
     }
-    SplitTile& split_tile = split_tiles[tile.first_split_tile + task.unit];
+    SplitTile& split_tile = split_tiles[tile.first_split_tile + task.first_unit / tile.units_of_task];
     std::call_once(split_tile.allocated, [&] { split_tile.partials = std::make_unique<Partial[]>(tile.splits); });
     attention.run(blocks_of_split(tile.blocks, task.split, tile.splits), split_tile.partials[task.split]);
     if (split_tile.finished.fetch_add(1) + 1 == tile.splits) {

@@ -1,25 +1,82 @@
-// The inner loops of the CPU backend: the seam behind which each instruction set has its own.
+// The inner loops of the CPU backend: the seam behind which each instruction set has its own. The algorithm is written
+// once, in kernels/, over the vector operations that an instruction set supplies.
+//
+// Rows of queries fill the lanes of vectors, so matrices of scores are (block_keys, strip_rows): the softmax of each
+// row runs down a column, and no lane ever waits for another. A row gets the same bits whatever its neighbours hold.
 #pragma once
+
+#include <cstdint>
 
 #include "attention/problem.h"
 #include "attention/visibility.h"
 
 namespace mate::cpu {
 
-/// Keys of a block, and so the row length of the matrices of scores.
+/// Keys of a block: the rows of a matrix of scores.
 inline constexpr int block_keys = 64;
-/// Most query rows of a tile.
-inline constexpr int tile_rows = 64;
-/// Widths of matrices are rounded up to a multiple of this, so that no kernel has a ragged edge.
+/// Query rows that are worked on together: the columns of a matrix of scores.
+inline constexpr int strip_rows = 64;
+/// Most query rows that read their keys where they lie. Packing the keys would cost more than it saves.
+inline constexpr int streamed_rows = 16;
+/// Ranges of keys are rounded out to multiples of this, so that no product has a ragged edge. A score outside the true
+/// range is that of another key, and masked.
+inline constexpr int key_step = 8;
+/// Widths of float32 matrices are rounded up to a multiple of this: the floats of the widest vector.
 inline constexpr int width_multiple = 16;
 
-/// The online softmax of one query row, in the base-2 domain: sum = sum_j 2**(score_j - max).
-struct RunningSoftmax {
-  float max;
-  float sum;
+/// The rows of keys or values of one block and head, where they lie.
+struct BlockRows {
+  const char* const* rows = nullptr;  ///< (block_keys,): of the first head
+  std::int64_t offset = 0;            ///< bytes from there to the head
+  int bytes = 0;                      ///< of a row
+
+  const char* operator[](int key) const { return rows[key] + offset; }
 };
 
-/// Matrices are row-major float32. Each operation gives a row the same bits whatever the other rows hold.
+/// The online softmax of query rows, in the base-2 domain: sum = sum_j 2**(score_j - max).
+struct RunningSoftmax {
+  float* max;
+  float* sum;
+};
+
+/// The keys that query rows see: begin[row] <= key < begin[row] + count[row], as positions in a block.
+struct VisibleKeys {
+  const int* begin = nullptr;  ///< null: all keys
+  const int* count = nullptr;
+  int first_key = 0;  ///< of the block: what begin counts from lies so far before it
+};
+
+/// Products of packed operands, in lanes of 32 bits: a float32, or two bfloat16 that are neighbours in the dimension
+/// that is summed over. Widths and strides of packed operands are in lanes.
+struct PackedKernels {
+  int numbers_per_lane;
+
+  /// target (lanes of depth, strip_rows) = rows (count, stride)[:, :depth], float32, transposed. Columns up to the next
+  /// multiple of width_multiple become 0.
+  void (*pack_queries)(const float* rows, int stride, int count, int depth, float* target);
+
+  /// target (block_keys, stride)[columns, lanes of depth] = the rows.
+  void (*pack_keys)(ElementType type, BlockRows rows, KeyRange columns, int depth, float* target, int stride);
+
+  /// target (block_keys / numbers_per_lane, stride)[columns, :width] = the rows.
+  void (*pack_values)(ElementType type, BlockRows rows, KeyRange columns, int width, float* target, int stride);
+
+  /// scores (block_keys, strip_rows)[columns, :rows] = keys (block_keys, depth) . queries (depth, strip_rows).
+  void (*multiply_scores)(const float* keys, const float* queries, KeyRange columns, int rows, int depth,
+                          float* scores);
+
+  /// Takes the scores of `columns` in, multiplied by `scale`, at least 0, to the base-2 domain: hidden ones become 0,
+  /// the others 2**(score - max), as a left operand of accumulate. rescale[row] is what the row's sums so far must be
+  /// multiplied by.
+  void (*update_softmax)(float* scores, KeyRange columns, const VisibleKeys& visible, float scale, int rows,
+                         RunningSoftmax softmax, float* rescale);
+
+  /// sums (rows, stride)[:, :width] = rescale (rows) * sums + weights[columns, :rows]^T . values[columns, :width].
+  /// width is a multiple of width_multiple.
+  void (*accumulate)(const float* weights, const float* values, KeyRange columns, const float* rescale, float* sums,
+                     int rows, int width);
+};
+
 struct Kernels {
   const char* name;
 
@@ -29,37 +86,26 @@ struct Kernels {
   /// target[i] = source[i] rounded to `type`.
   void (*narrow)(const float* source, ElementType type, void* target, int count);
 
-  /// target (width, block_keys)[:, columns] = rows (block_keys, row_stride)[columns, :width], transposed. Columns up to
-  /// the next multiple of 4 on either side may be written too.
-  void (*transpose)(const float* rows, int row_stride, KeyRange columns, int width, float* target);
+  /// scores[columns, :rows] = softcap * tanh(scale * scores / softcap).
+  void (*cap_scores)(float* scores, KeyRange columns, float scale, float softcap, int rows);
 
-  /// scores (rows, block_keys)[:, columns] = queries (rows, depth) . keys (depth, block_keys)[:, columns]. Other
-  /// columns may be written too.
-  void (*multiply_scores)(const float* queries, const float* keys, KeyRange columns, float* scores, int rows,
-                          int depth);
+  /// scores[columns, :rows] becomes, or grows by, keys[columns, :depth] . queries (rows, stride)[:, :depth]^T, of keys
+  /// that lie where they lie. Meanwhile the rows of `next` are fetched.
+  void (*dot_scores)(ElementType type, BlockRows keys, const float* queries, int stride, KeyRange columns, int rows,
+                     int depth, bool add, float* scores, BlockRows next);
 
-  /// The same of a single row against keys (block_keys, row_stride)[columns, :depth] that are not transposed:
-  /// scores[column] becomes the product, or grows by it.
-  void (*dot_scores)(const float* query, const float* keys, int row_stride, KeyRange columns, int depth, bool add,
-                     float* scores);
+  /// The same as PackedKernels::accumulate, of values that lie where they lie, and any width: sums are (rows, stride).
+  /// Meanwhile the rows of `next`, of next_columns, are fetched.
+  void (*accumulate)(ElementType type, const float* weights, BlockRows values, KeyRange columns, const float* rescale,
+                     float* sums, int stride, int rows, int width, BlockRows next, KeyRange next_columns);
 
-  /// scores[i] = softcap * tanh(scale * scores[i] / softcap).
-  void (*cap_scores)(float* scores, float scale, float softcap, int count);
-
-  /// Takes the scores of one row in, multiplied by `scale` to the base-2 domain: those of the columns outside `visible`
-  /// become 0, the others 2**(score - max). Returns what the row's sums so far must be multiplied by.
-  float (*update_softmax)(float* scores, KeyRange visible, float scale, RunningSoftmax& row);
-
-  /// sums (rows, width) = rescale (rows) * sums + weights (rows, block_keys)[:, columns] . values (block_keys, width)
-  /// [columns, :]. width is a multiple of width_multiple.
-  void (*accumulate)(const float* weights, KeyRange columns, const float* values, const float* rescale, float* sums,
-                     int rows, int width);
+  PackedKernels float32;
+  /// numbers_per_lane is 0 where the processor cannot multiply them.
+  PackedKernels bfloat16;
 };
 
-/// The kernels of the best instruction set that this processor has.
+/// The kernels of the best instruction set that this processor has, or of the one that MATE_CPU_ISA names. Throws
+/// mate::Error (value) where this processor lacks that one.
 const Kernels& kernels();
-
-/// Written in C++ with the vector types of GCC and Clang, which they translate to any processor.
-extern const Kernels portable_kernels;
 
 }  // namespace mate::cpu

@@ -122,7 +122,7 @@ class LengthsOnly {
   LengthsOnly(const LengthsOnly&) = delete;
 
   Plan plan(int workers = 64) const {
-    return make_plan(problem, {.tile_rows = 16, .block_keys = 64, .workers = workers});
+    return make_plan(problem, {.min_tile_rows = 16, .max_tile_rows = 16, .block_keys = 64, .workers = workers});
   }
   std::vector<int> splits(int workers = 64) const { return plan(workers).splits; }
 
