@@ -7,7 +7,7 @@ MAKEFLAGS += --no-print-directory
 PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 CXX_FILES = git ls-files --cached --others --exclude-standard -- '*.h' '*.cpp'
 
-.PHONY: help demo test cpp-test python-test build install wheel lint format clean
+.PHONY: help demo test cpp-test python-test build bench-cpu install wheel lint format clean
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -40,6 +40,11 @@ build-%:
 	@echo "Building the preset $*"
 	@scripts/quietly cmake --preset $*
 	@scripts/quietly cmake --build --preset $*
+
+bench-cpu: ## MATE beside PyTorch on this CPU: tables, all numbers in build/bench-cpu.json, pictures in docs/images
+	@$(MAKE) build
+	@scripts/setup bench
+	PYTHONPATH=python python benchmarks/cpu.py --json build/bench-cpu.json --pictures docs/images
 
 install: ## Both Python distributions into .venv
 	@scripts/setup demo

@@ -110,11 +110,15 @@ constexpr Sequence locate_sequence(const QueryLayout& queries, const KeyLayout& 
   return s;
 }
 
+/// Page `index` of a sequence.
+constexpr long long page_of(const KeyLayout& keys, const Sequence& sequence, long long index) {
+  return keys.page_table[sequence.cache_row * keys.page_table_stride + index];
+}
+
 /// Where the row at `position` of a sequence's cache row (or, when ragged, of the whole tensor) stands.
 constexpr Location locate_position(const KeyLayout& keys, const Sequence& sequence, long long position) {
   if (!keys.paged()) return {sequence.cache_row, position};
-  const int page = keys.page_table[sequence.cache_row * keys.page_table_stride + position / keys.rows];
-  return {page, position % keys.rows};
+  return {page_of(keys, sequence, position / keys.rows), position % keys.rows};
 }
 
 /// Where key j of a sequence stands.

@@ -16,6 +16,7 @@
 #include "kernels.h"
 #include "merge.h"
 #include "parallel.h"
+#include "prefetch.h"
 #include "rotate.h"
 
 namespace mate::cpu {
@@ -147,8 +148,9 @@ struct Strip {
   KeyRange every;  ///< keys that every row sees
 };
 
-/// Where the rows of a block of keys lie. Those outside the columns that the tile sees, up to the next multiples of
-/// key_step, are rows that it does see: they may be read, and their scores are masked.
+/// Where the rows of a block of keys lie, for the first key head of a task. Those outside the columns that the tile
+/// sees, up to the next multiples of key_step, are rows that it does see: they may be read, and their scores are
+/// masked.
 struct LocatedBlock {
   KeyRange columns;
   std::array<const char*, block_keys> keys;
@@ -212,11 +214,13 @@ class TileAttention {
     LocatedBlock* block = &workspace_.blocks[0];
     LocatedBlock* next = &workspace_.blocks[1];
     locate(blocks.begin, *block);
+    Prefetcher prefetcher;
     for (int n = blocks.begin; n < blocks.end; ++n) {
       next->columns = {};
       if (n + 1 < blocks.end) locate(n + 1, *next);
       if (streams_) {
-        stream(n * block_keys, *block, *next, partial);
+        prefetcher.enter(keys_to_fetch(*block), values_to_fetch(*block), keys_to_fetch(*next), values_to_fetch(*next));
+        stream(n * block_keys, *block, prefetcher, partial);
       } else {
         multiply_packed(n * block_keys, *block, partial);
       }
@@ -288,10 +292,10 @@ class TileAttention {
       workspace_.keys.reserve(std::size_t(block_keys) * depth_);
       workspace_.values.reserve(std::size_t(block_keys) * width_);
     }
-    workspace_.scores.reserve(std::size_t{block_keys} * strip_rows);
+    workspace_.scores.reserve(std::size_t(units_) * block_keys * strip_rows);
     workspace_.row.reserve(max_head_dim);
     workspace_.scratch.reserve(max_head_dim);
-    workspace_.rescale.reserve(strip_rows);
+    workspace_.rescale.reserve(std::size_t(units_) * strip_rows);
   }
 
   void find_visible() {
@@ -367,65 +371,112 @@ class TileAttention {
     const int first_key = n * block_keys;
     // Keys of the block that no row of the tile sees are not read.
     block.columns = columns_of(keys_, first_key);
+    if (block.columns.empty()) return;
     const std::int64_t key_step_bytes = problem_.k.row_stride * bytes_of(problem_.k.type);
     const std::int64_t value_step_bytes = problem_.v.row_stride * bytes_of(problem_.v.type);
-    int column = block.columns.begin;
-    while (column < block.columns.end) {
+    const std::int64_t position = std::int64_t{sequence_.first_k} + first_key + block.columns.begin;
+    Location location = locate_position(problem_.keys, sequence_, position);
+    std::int64_t page = problem_.keys.paged() ? position / problem_.keys.rows : 0;
+    for (int column = block.columns.begin; column < block.columns.end;) {
+      const char* key = static_cast<const char*>(problem_.k.at(location.slot, location.row, key_head(0)));
+      const char* value = static_cast<const char*>(problem_.v.at(location.slot, location.row, key_head(0)));
       // Rows of one page, or of a cache without pages, lie at one distance from each other.
-      const Location first = locate_key(problem_.keys, sequence_, first_key + column);
       const std::int64_t rest = block.columns.end - column;
-      const std::int64_t run =
-          problem_.keys.paged() ? std::min<std::int64_t>(rest, problem_.keys.rows - first.row) : rest;
-      const char* key = static_cast<const char*>(problem_.k.at(first.slot, first.row, 0));
-      const char* value = static_cast<const char*>(problem_.v.at(first.slot, first.row, 0));
-      for (const int end = column + static_cast<int>(run); column < end; ++column) {
+      const int run = static_cast<int>(std::min<std::int64_t>(rest, problem_.keys.rows - location.row));
+      for (const int end = column + run; column < end; ++column) {
         block.keys[column] = key;
         block.values[column] = value;
+        // The address is translated by the time the row is fetched.
+        __builtin_prefetch(key);
+        __builtin_prefetch(value);
         key += key_step_bytes;
         value += value_step_bytes;
       }
+      if (column < block.columns.end) location = {page_of(problem_.keys, sequence_, ++page), 0};
     }
     const KeyRange rounded = rounded_out(block.columns);
     const auto copy_row = [&](int from, int begin, int end) {
       for (auto* rows : {&block.keys, &block.values})
         std::fill(rows->begin() + begin, rows->begin() + end, (*rows)[from]);
     };
-    if (block.columns.empty()) return;
     copy_row(block.columns.begin, rounded.begin, block.columns.begin);
     copy_row(block.columns.end - 1, block.columns.end, rounded.end);
   }
 
+  PrefetchRows keys_to_fetch(const LocatedBlock& block) const {
+    return rows_to_fetch(problem_.k, problem_.head_dim, block.keys, block.columns);
+  }
+  PrefetchRows values_to_fetch(const LocatedBlock& block) const {
+    return rows_to_fetch(problem_.v, problem_.head_dim_v, block.values, block.columns);
+  }
+  PrefetchRows rows_to_fetch(const Rows& rows, int head_dim, const std::array<const char*, block_keys>& located,
+                             KeyRange columns) const {
+    const int bytes = bytes_of(rows.type);
+    return {located.data(), columns, key_head(units_ - 1) - key_head(0) + 1, rows.head_stride * bytes,
+            head_dim * bytes};
+  }
+
   BlockRows keys_of(const LocatedBlock& block, int unit) const {
     const int bytes = bytes_of(problem_.k.type);
-    return {block.keys.data(), key_head(unit) * problem_.k.head_stride * bytes, problem_.head_dim * bytes};
+    return {block.keys.data(), (key_head(unit) - key_head(0)) * problem_.k.head_stride * bytes};
   }
   BlockRows values_of(const LocatedBlock& block, int unit) const {
     const int bytes = bytes_of(problem_.v.type);
-    return {block.values.data(), key_head(unit) * problem_.v.head_stride * bytes, problem_.head_dim_v * bytes};
+    return {block.values.data(), (key_head(unit) - key_head(0)) * problem_.v.head_stride * bytes};
   }
 
-  /// One block, whose rows are read where they lie, while the rows that are needed next are fetched.
-  void stream(int first_key, const LocatedBlock& block, const LocatedBlock& next_block, Partial& partial) {
+  /// One block, whose rows are read where they lie. All head units take a few keys before any takes the next ones:
+  /// heads are neighbours in memory, and a processor reads fastest in the order of addresses.
+  void stream(int first_key, const LocatedBlock& block, Prefetcher& prefetcher, Partial& partial) {
     const Strip& strip = workspace_.strips.front();
     const KeyRange columns = rounded_out(block.columns);
-    float* scores = workspace_.scores.data();
-    for (int unit = 0; unit < units_; ++unit) {
-      const std::int64_t place = std::int64_t{unit} * places_;
-      const float* queries = workspace_.queries.data() + place * depth_;
-      const BlockRows values = values_of(block, unit);
-      kernels_.dot_scores(problem_.k.type, keys_of(block, unit), queries, depth_, columns, strip.rows,
-                          problem_.head_dim, false, scores, values);
-      if (problem_.qv.given()) {
-        kernels_.dot_scores(problem_.v.type, values, queries + qv_at_, depth_, columns, strip.rows, problem_.head_dim_v,
-                            true, scores, {});
+    const int key_bytes = problem_.head_dim * bytes_of(problem_.k.type);
+    const int value_bytes = problem_.head_dim_v * bytes_of(problem_.v.type);
+    const auto dot = [&](int unit, const Rows& source, BlockRows rows, int head_dim, int at, KeyRange keys) {
+      kernels_.dot_scores(source.type, rows, streamed_queries(unit) + at, depth_, keys, strip.rows, head_dim, at > 0,
+                          scores_of(unit));
+    };
+    for_few_keys(columns, key_bytes, [&](KeyRange keys) {
+      for (int unit = 0; unit < units_; ++unit) {
+        prefetcher.advance(std::int64_t{keys.size()} * key_bytes);
+        dot(unit, problem_.k, keys_of(block, unit), problem_.head_dim, 0, keys);
       }
-      update_softmax(kernels_.float32, strip, first_key, columns, partial, place);
-      const bool last = unit + 1 == units_;
-      const LocatedBlock& next = last ? next_block : block;
-      kernels_.accumulate(problem_.v.type, scores, values, columns, workspace_.rescale.data(),
-                          partial.sums.data() + place * width_, width_, strip.rows, problem_.head_dim_v,
-                          keys_of(next, last ? 0 : unit + 1), rounded_out(next.columns));
+    });
+    for (int unit = 0; unit < units_; ++unit) {
+      if (problem_.qv.given()) {
+        dot(unit, problem_.v, values_of(block, unit), problem_.head_dim_v, qv_at_, columns);
+      }
+      update_softmax(kernels_.float32, strip, first_key, columns, scores_of(unit), softmax_of(partial, unit),
+                     rescale_of(unit));
     }
+    for_few_keys(columns, value_bytes, [&](KeyRange keys) {
+      for (int unit = 0; unit < units_; ++unit) {
+        prefetcher.advance(std::int64_t{keys.size()} * value_bytes);
+        kernels_.accumulate(problem_.v.type, scores_of(unit), values_of(block, unit), keys,
+                            keys.begin == columns.begin ? rescale_of(unit) : nullptr,
+                            partial.sums.data() + std::int64_t{unit} * places_ * width_, width_, strip.rows,
+                            problem_.head_dim_v);
+      }
+    });
+  }
+
+  /// Calls run(keys) for parts of `columns` of a few keys, whose rows of all head units fit a core's first cache.
+  template <typename Run>
+  void for_few_keys(KeyRange columns, int row_bytes, const Run& run) const {
+    constexpr int bytes = 16 * 1024;
+    const int few = clamp(bytes / (units_ * row_bytes) / dot_keys, 1, block_keys / dot_keys) * dot_keys;
+    for (int key = columns.begin; key < columns.end; key += few) run(KeyRange{key, std::min(key + few, columns.end)});
+  }
+
+  const float* streamed_queries(int unit) const {
+    return workspace_.queries.data() + std::int64_t{unit} * places_ * depth_;
+  }
+
+  float* scores_of(int unit) const { return workspace_.scores.data() + std::int64_t{unit} * block_keys * strip_rows; }
+  float* rescale_of(int unit) const { return workspace_.rescale.data() + std::int64_t{unit} * strip_rows; }
+  RunningSoftmax softmax_of(Partial& partial, int unit, int row = 0) const {
+    const std::int64_t place = std::int64_t{unit} * places_ + row;
+    return {partial.max.data() + place, partial.sum.data() + place};
   }
 
   /// One block, packed for all strips of the tile.
@@ -444,15 +495,14 @@ class TileAttention {
       const KeyRange seen = rounded_out(columns_of(strip.some, first_key));
       if (seen.empty()) continue;
       packed_.multiply_scores(keys, packed_queries(strip), seen, strip.rows, depth_, scores);
-      update_softmax(packed_, strip, first_key, seen, partial, strip.first);
-      packed_.accumulate(scores, values, seen, workspace_.rescale.data(),
-                         partial.sums.data() + std::int64_t{strip.first} * width_, strip.rows, width_);
+      update_softmax(packed_, strip, first_key, seen, scores, softmax_of(partial, 0, strip.first), rescale_of(0));
+      packed_.accumulate(scores, values, seen, rescale_of(0), partial.sums.data() + std::int64_t{strip.first} * width_,
+                         strip.rows, width_);
     }
   }
 
-  void update_softmax(const PackedKernels& packed, const Strip& strip, int first_key, KeyRange columns,
-                      Partial& partial, std::int64_t place) {
-    float* scores = workspace_.scores.data();
+  void update_softmax(const PackedKernels& packed, const Strip& strip, int first_key, KeyRange columns, float* scores,
+                      RunningSoftmax softmax, float* rescale) {
     // The products are scaled when they are finished: scaled queries could overflow where scores do not.
     float scale = std::abs(problem_.softmax_scale);
     if (problem_.softcap > 0) {
@@ -464,8 +514,7 @@ class TileAttention {
       visible = {workspace_.visible_begin.data() + strip.first, workspace_.visible_count.data() + strip.first,
                  first_key};
     }
-    packed.update_softmax(scores, columns, visible, to_base_2(scale), strip.rows,
-                          {partial.max.data() + place, partial.sum.data() + place}, workspace_.rescale.data());
+    packed.update_softmax(scores, columns, visible, to_base_2(scale), strip.rows, softmax, rescale);
   }
 
   std::optional<double> sink_of(int head) const {

@@ -21,14 +21,15 @@ inline constexpr int streamed_rows = 16;
 /// Ranges of keys are rounded out to multiples of this, so that no product has a ragged edge. A score outside the true
 /// range is that of another key, and masked.
 inline constexpr int key_step = 8;
+/// Rows that are read where they lie are multiplied so many keys at a time.
+inline constexpr int dot_keys = 4;
 /// Widths of float32 matrices are rounded up to a multiple of this: the floats of the widest vector.
 inline constexpr int width_multiple = 16;
 
 /// The rows of keys or values of one block and head, where they lie.
 struct BlockRows {
-  const char* const* rows = nullptr;  ///< (block_keys,): of the first head
+  const char* const* rows = nullptr;  ///< (block_keys,): of some head
   std::int64_t offset = 0;            ///< bytes from there to the head
-  int bytes = 0;                      ///< of a row
 
   const char* operator[](int key) const { return rows[key] + offset; }
 };
@@ -90,14 +91,14 @@ struct Kernels {
   void (*cap_scores)(float* scores, KeyRange columns, float scale, float softcap, int rows);
 
   /// scores[columns, :rows] becomes, or grows by, keys[columns, :depth] . queries (rows, stride)[:, :depth]^T, of keys
-  /// that lie where they lie. Meanwhile the rows of `next` are fetched.
+  /// that lie where they lie.
   void (*dot_scores)(ElementType type, BlockRows keys, const float* queries, int stride, KeyRange columns, int rows,
-                     int depth, bool add, float* scores, BlockRows next);
+                     int depth, bool add, float* scores);
 
   /// The same as PackedKernels::accumulate, of values that lie where they lie, and any width: sums are (rows, stride).
-  /// Meanwhile the rows of `next`, of next_columns, are fetched.
+  /// Nothing is rescaled where `rescale` is null.
   void (*accumulate)(ElementType type, const float* weights, BlockRows values, KeyRange columns, const float* rescale,
-                     float* sums, int stride, int rows, int width, BlockRows next, KeyRange next_columns);
+                     float* sums, int stride, int rows, int width);
 
   PackedKernels float32;
   /// numbers_per_lane is 0 where the processor cannot multiply them.

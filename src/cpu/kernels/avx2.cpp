@@ -39,6 +39,12 @@ struct Avx2 : Vectors<Avx2, 8> {
 
   static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 
+  static Floats sum_quads(Floats a, Floats b, Floats c, Floats d) {
+    const __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b));
+    const __m256d cd = _mm256_castps_pd(_mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d));
+    return _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)) + _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+  }
+
   static Float4 fold(Floats value) { return _mm256_castps256_ps128(value) + _mm256_extractf128_ps(value, 1); }
 };
 

@@ -52,6 +52,12 @@ struct Avx512Vectors : Vectors<Self, 16> {
 
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 
+  static Floats sum_quads(Floats a, Floats b, Floats c, Floats d) {
+    const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+    const __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+  }
+
   static Float4 fold(Floats value) {
     const __m256 half = _mm512_castps512_ps256(value) + _mm512_extractf32x8_ps(value, 1);
     return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);

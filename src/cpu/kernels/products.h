@@ -89,44 +89,45 @@ void multiply_scores(const float* keys, const float* queries, KeyRange columns, 
   const int vectors = (rows + Isa::lanes - 1) / Isa::lanes;
   for (int begin = 0; begin < depth; begin += part) {
     const int end = std::min(begin + part, depth);
-    for_groups<Isa::score_vectors>(vectors, [&](int vector, auto vectors_of_tile) {
-      const PackedRight<Isa> right{queries, strip_rows};
-      for (int key = columns.begin; key < columns.end; key += Isa::score_keys) {
-        const Left left{keys + std::int64_t{key} * depth, depth, 1};
-        Tile<Isa, Isa::score_keys, vectors_of_tile()> tile;
-        tile.template multiply<Operands>(left, right, vector, begin, end);
-        for (int r = 0; r < Isa::score_keys; ++r) {
-          for (int v = 0; v < vectors_of_tile(); ++v) {
-            float* score = scores + (key + r) * strip_rows + (vector + v) * Isa::lanes;
-            Isa::store(score, begin == 0 ? tile.sums[r][v] : Isa::load(score) + tile.sums[r][v]);
+    for_groups<Isa::score_vectors>(
+        vectors, [&](int vector, auto vectors_of_tile) __attribute__((always_inline)) {
+          const PackedRight<Isa> right{queries, strip_rows};
+          for (int key = columns.begin; key < columns.end; key += Isa::score_keys) {
+            const Left left{keys + std::int64_t{key} * depth, depth, 1};
+            Tile<Isa, Isa::score_keys, vectors_of_tile()> tile;
+            tile.template multiply<Operands>(left, right, vector, begin, end);
+            for (int r = 0; r < Isa::score_keys; ++r) {
+              for (int v = 0; v < vectors_of_tile(); ++v) {
+                float* score = scores + (key + r) * strip_rows + (vector + v) * Isa::lanes;
+                Isa::store(score, begin == 0 ? tile.sums[r][v] : Isa::load(score) + tile.sums[r][v]);
+              }
+            }
           }
-        }
-      }
-    });
+        });
   }
 }
 
 /// Adds weights^T . right over the lanes `range` of keys to rescaled sums (rows, stride), for `vectors` vectors.
-/// before_tile() is called before each tile of sums.
-template <typename Isa, typename Operands, typename Right, typename BeforeTile>
+template <typename Isa, typename Operands, typename Right>
 [[gnu::always_inline]] inline void accumulate_vectors(const float* weights, const Right& right, KeyRange range,
                                                       const float* rescale, float* sums, std::int64_t stride, int rows,
-                                                      int vectors, const BeforeTile& before_tile) {
-  for_groups<Isa::sum_vectors>(vectors, [&](int vector, auto vectors_of_tile) {
-    for_groups<Isa::sum_rows>(rows, [&](int row, auto rows_of_tile) {
-      const Left left{weights + row, 1, strip_rows};
-      Tile<Isa, rows_of_tile(), vectors_of_tile()> tile;
-      before_tile();
-      tile.template multiply<Operands>(left, right, vector, range.begin, range.end);
-      for (int r = 0; r < rows_of_tile(); ++r) {
-        const auto factor = Isa::broadcast(rescale[row + r]);
-        for (int v = 0; v < vectors_of_tile(); ++v) {
-          float* sum = sums + (row + r) * stride + (vector + v) * Isa::lanes;
-          Isa::store(sum, Isa::multiply_add(factor, Isa::load(sum), tile.sums[r][v]));
-        }
-      }
-    });
-  });
+                                                      int vectors) {
+  for_groups<Isa::sum_vectors>(
+      vectors, [&](int vector, auto vectors_of_tile) __attribute__((always_inline)) {
+        for_groups<Isa::sum_rows>(
+            rows, [&](int row, auto rows_of_tile) __attribute__((always_inline)) {
+              const Left left{weights + row, 1, strip_rows};
+              Tile<Isa, rows_of_tile(), vectors_of_tile()> tile;
+              tile.template multiply<Operands>(left, right, vector, range.begin, range.end);
+              for (int r = 0; r < rows_of_tile(); ++r) {
+                const auto factor = Isa::broadcast(rescale == nullptr ? 1.0F : rescale[row + r]);
+                for (int v = 0; v < vectors_of_tile(); ++v) {
+                  float* sum = sums + (row + r) * stride + (vector + v) * Isa::lanes;
+                  Isa::store(sum, Isa::multiply_add(factor, Isa::load(sum), tile.sums[r][v]));
+                }
+              }
+            });
+      });
 }
 
 template <typename Isa, typename Operands>
@@ -134,99 +135,89 @@ void accumulate_packed(const float* weights, const float* values, KeyRange colum
                        int rows, int width) {
   const KeyRange lanes{columns.begin / Operands::numbers_per_lane, columns.end / Operands::numbers_per_lane};
   accumulate_vectors<Isa, Operands>(weights, PackedRight<Isa>{values, width}, lanes, rescale, sums, width, rows,
-                                    width / Isa::lanes, [] {});
-}
-
-/// Fetches one row into the cache, where there are rows.
-template <typename Isa>
-[[gnu::always_inline]] inline void prefetch(BlockRows rows, int key) {
-  if (rows.bytes == 0) return;
-  constexpr int line = 64;
-  const char* row = rows[key];
-  for (int byte = 0; byte < rows.bytes; byte += line) __builtin_prefetch(row + byte, 0, 2);
+                                    width / Isa::lanes);
 }
 
 template <typename Isa>
 void accumulate_placed(ElementType type, const float* weights, BlockRows values, KeyRange columns, const float* rescale,
-                       float* sums, int stride, int rows, int width, BlockRows next, KeyRange next_columns) {
+                       float* sums, int stride, int rows, int width) {
   const int vectors = width / Isa::lanes;
   const int rest = width % Isa::lanes;
   visit_type(type, [&](auto number) {
     using Number = decltype(number);
     using Operands = Float32Operands<Isa>;
     const PlacedRight<Isa, Number> right{values, 0};
-    // The rows that are needed next are fetched a few at a time, between the tiles.
-    const int tiles =
-        std::max(1, (vectors + Isa::sum_vectors - 1) / Isa::sum_vectors) * ((rows + Isa::sum_rows - 1) / Isa::sum_rows);
-    const int share = (next_columns.size() + tiles - 1) / tiles;
-    int fetched = next_columns.begin;
-    const auto fetch_some = [&] {
-      for (const int end = std::min(fetched + share, next_columns.end); fetched < end; ++fetched) {
-        prefetch<Isa>(next, fetched);
-      }
-    };
-    accumulate_vectors<Isa, Operands>(weights, right, columns, rescale, sums, stride, rows, vectors, fetch_some);
+    accumulate_vectors<Isa, Operands>(weights, right, columns, rescale, sums, stride, rows, vectors);
     if (rest > 0) {
       const PlacedRightEnd<Isa, Number> end{{values, vectors * Isa::lanes}, rest};
-      accumulate_vectors<Isa, Operands>(weights, end, columns, rescale, sums + vectors * Isa::lanes, stride, rows, 1,
-                                        fetch_some);
+      accumulate_vectors<Isa, Operands>(weights, end, columns, rescale, sums + vectors * Isa::lanes, stride, rows, 1);
     }
   });
 }
 
-/// Sums of the lanes of four vectors.
-template <typename Isa>
-Float4 sum_lanes(const typename Isa::Floats (&vectors)[4]) {
-  const Float4 a = Isa::fold(vectors[0]);
-  const Float4 b = Isa::fold(vectors[1]);
-  const Float4 c = Isa::fold(vectors[2]);
-  const Float4 d = Isa::fold(vectors[3]);
-  const Float4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Float4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
+/// A tile of the products of query rows with keys that lie where they lie, Rows by four keys: the lanes of each vector
+/// are parts of one product.
+template <typename Isa, int Rows>
+struct DotTile {
+  static constexpr int keys = dot_keys;
+  using Floats = typename Isa::Floats;
+
+  Floats sums[Rows][keys] = {};
+
+  [[gnu::always_inline]] void multiply(const float* queries, std::int64_t stride, const Floats (&values)[keys]) {
+    for (int r = 0; r < Rows; ++r) {
+      const Floats query = Isa::load(queries + r * stride);
+      for (int k = 0; k < keys; ++k) sums[r][k] = Isa::multiply_add(query, values[k], sums[r][k]);
+    }
+  }
+
+  /// scores (keys, strip_rows)[:, :Rows] becomes, or grows by, the products.
+  [[gnu::always_inline]] void store(bool add, float* scores) const {
+    static_assert(keys == 4);
+    if constexpr (Rows == 4) {
+      for (int k = 0; k < keys; ++k) {
+        const Float4 products = Isa::fold(Isa::sum_quads(sums[0][k], sums[1][k], sums[2][k], sums[3][k]));
+        for (int r = 0; r < 4; ++r) store(add, products[r], scores[k * strip_rows + r]);
+      }
+    } else {
+      for (int r = 0; r < Rows; ++r) {
+        const Float4 products = Isa::fold(Isa::sum_quads(sums[r][0], sums[r][1], sums[r][2], sums[r][3]));
+        for (int k = 0; k < keys; ++k) store(add, products[k], scores[k * strip_rows + r]);
+      }
+    }
+  }
+
+ private:
+  [[gnu::always_inline]] static void store(bool add, float product, float& score) {
+    score = add ? score + product : product;
+  }
+};
 
 template <typename Isa>
 void dot_scores(ElementType type, BlockRows keys, const float* queries, int stride, KeyRange columns, int rows,
-                int depth, bool add, float* scores, BlockRows next) {
-  constexpr int keys_of_tile = 4;
+                int depth, bool add, float* scores) {
+  constexpr int keys_of_tile = dot_keys;
   const int whole = depth / Isa::lanes * Isa::lanes;
   visit_type(type, [&](auto number) {
     using Number = decltype(number);
     for (int key = columns.begin; key < columns.end; key += keys_of_tile) {
       const Number* key_rows[keys_of_tile];
-      for (int k = 0; k < keys_of_tile; ++k) {
-        key_rows[k] = reinterpret_cast<const Number*>(keys[key + k]);
-        prefetch<Isa>(next, key + k);
-      }
-      for_groups<Isa::dot_rows>(rows, [&](int row, auto rows_of_tile) {
-        using Floats = typename Isa::Floats;
-        const float* query = queries + std::int64_t{row} * stride;
-        Floats sums[rows_of_tile()][keys_of_tile] = {};
-        const auto multiply = [&](int i, const Floats(&values)[keys_of_tile]) {
-          for (int r = 0; r < rows_of_tile(); ++r) {
-            const Floats factor = Isa::load(query + r * stride + i);
-            for (int k = 0; k < keys_of_tile; ++k) sums[r][k] = Isa::multiply_add(factor, values[k], sums[r][k]);
-          }
-        };
-        for (int i = 0; i < whole; i += Isa::lanes) {
-          Floats values[keys_of_tile];
-          for (int k = 0; k < keys_of_tile; ++k) values[k] = Isa::load(key_rows[k] + i);
-          multiply(i, values);
-        }
-        if (whole < depth) {
-          Floats values[keys_of_tile];
-          for (int k = 0; k < keys_of_tile; ++k) values[k] = Isa::load_first(key_rows[k] + whole, depth - whole);
-          multiply(whole, values);
-        }
-        for (int r = 0; r < rows_of_tile(); ++r) {
-          const Float4 products = sum_lanes<Isa>(sums[r]);
-          for (int k = 0; k < keys_of_tile; ++k) {
-            float& score = scores[(key + k) * strip_rows + row + r];
-            score = add ? score + products[k] : products[k];
-          }
-        }
-      });
+      for (int k = 0; k < keys_of_tile; ++k) key_rows[k] = reinterpret_cast<const Number*>(keys[key + k]);
+      for_groups<Isa::dot_rows>(
+          rows, [&](int row, auto rows_of_tile) __attribute__((always_inline)) {
+            const float* query = queries + std::int64_t{row} * stride;
+            DotTile<Isa, rows_of_tile()> tile;
+            typename Isa::Floats values[keys_of_tile];
+            for (int i = 0; i < whole; i += Isa::lanes) {
+              for (int k = 0; k < keys_of_tile; ++k) values[k] = Isa::load(key_rows[k] + i);
+              tile.multiply(query + i, stride, values);
+            }
+            if (whole < depth) {
+              for (int k = 0; k < keys_of_tile; ++k) values[k] = Isa::load_first(key_rows[k] + whole, depth - whole);
+              tile.multiply(query + whole, stride, values);
+            }
+            tile.store(add, scores + key * strip_rows + row);
+          });
     }
   });
 }

@@ -72,7 +72,15 @@ struct Vectors {
   /// The larger; b where either is NaN.
   static Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
-  /// Lane i of the result sums lanes i, i + 4, i + 8 ...
+  /// In each group of four lanes, lane i of the result sums those of the i-th vector.
+  static Floats sum_quads(Floats a, Floats b, Floats c, Floats d) {
+    static_assert(Lanes == 4);
+    const Floats ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Floats cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  }
+
+  /// Sums the groups of four lanes.
   static Float4 fold(Floats value) {
     static_assert(Lanes == 4);
     return value;
