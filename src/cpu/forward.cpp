@@ -47,8 +47,8 @@ struct Schedule {
   int workers = 1;
 };
 
-/// Floats of queries and sums that a thread holds at most, however many head units it takes together: they had better
-/// stay in its cache.
+/// Floats of queries, sums and scores that a thread holds at most, however many head units it takes together: they had
+/// better stay in its cache.
 constexpr std::int64_t floats_of_task = 64 * 1024;
 
 Schedule make_schedule(const Problem& problem, const Plan& plan) {
@@ -66,8 +66,9 @@ Schedule make_schedule(const Problem& problem, const Plan& plan) {
       // A split without a block would add nothing.
       const int splits = std::clamp(blocks.size(), 1, plan.splits[b]);
       const bool streams = plan.streams(lengths);
-      const int most_units = static_cast<int>(std::max<std::int64_t>(1, floats_of_task / (rows * head_dims)));
-      schedule.tiles.push_back({b, tile, blocks, splits, streams ? std::min(units, most_units) : 1, 0});
+      const std::int64_t floats_of_unit = std::int64_t{rows} * head_dims + block_keys * width_multiple;
+      const int most_units = clamp(floats_of_task / floats_of_unit, 1, units);
+      schedule.tiles.push_back({b, tile, blocks, splits, streams ? most_units : 1, 0});
       if (streams) streamed_pieces += splits;
       multiplications += double{block_keys} * blocks.size() * rows * units * head_dims;
     }
@@ -115,18 +116,17 @@ class Floats {
   std::size_t size_ = 0;
 };
 
-/// What the rows of a task have summed up over the keys of one split. A row's place is that of its head unit, which
-/// starts at a whole vector, and its own in the tile.
+/// What the rows of a task have summed up over the keys of one split.
 struct Partial {
-  Floats sums;  ///< (places, width)
-  Floats max;
-  Floats sum;
+  Floats sums;  ///< (head units, rows, width)
+  Floats max;   ///< (head units, places)
+  Floats sum;   ///< (head units, places)
 
-  void start(int places, int width) {
-    sums.reserve(std::size_t(places) * width);
+  void start(std::size_t rows, std::size_t width, std::size_t places) {
+    sums.reserve(rows * width);
     max.reserve(places);
     sum.reserve(places);
-    std::fill_n(sums.data(), std::size_t(places) * width, 0.0F);
+    std::fill_n(sums.data(), rows * width, 0.0F);
     std::fill_n(max.data(), places, -std::numeric_limits<float>::infinity());
     std::fill_n(sum.data(), places, 0.0F);
   }
@@ -157,16 +157,16 @@ struct LocatedBlock {
   std::array<const char*, block_keys> values;
 };
 
-/// A thread's own memory. Its size depends on head sizes alone.
+/// A thread's own memory. Its size is bounded by floats_of_task or, where one head unit needs more, by head sizes.
 struct Workspace {
   Floats rows;                     ///< (strip_rows, d or dv): queries before they are packed
-  Floats queries;                  ///< streamed: (places, depth); packed: for each strip (depth, strip_rows)
+  Floats queries;                  ///< streamed: (head units, rows, depth); packed: for each strip (depth, strip_rows)
   Floats keys;                     ///< packed: (block_keys, depth)
   Floats values;                   ///< packed: (block_keys, width)
-  Floats scores;                   ///< (block_keys, strip_rows)
+  Floats scores;                   ///< (head units, block_keys, strip_rows)
   Floats row;                      ///< one row: a query that is rotated, or the merged sums
   Floats scratch;                  ///< the angles of a rotation, then the rotated query in its own type
-  Floats rescale;                  ///< (strip_rows)
+  Floats rescale;                  ///< (head units, strip_rows)
   std::vector<int> visible_begin;  ///< for each row of the tile
   std::vector<int> visible_count;
   std::vector<Strip> strips;
@@ -206,7 +206,7 @@ class TileAttention {
 
   /// Sums up over `blocks`.
   void run(BlockRange blocks, Partial& partial) {
-    partial.start(units_ * places_, width_);
+    partial.start(std::size_t(units_) * rows_.count(), width_, std::size_t(units_) * places_);
     if (blocks.size() == 0) return;
     reserve();
     find_visible();
@@ -237,10 +237,9 @@ class TileAttention {
     for (int unit = 0; unit < units_; ++unit) {
       const float descale = problem_.v_descale.at(b_, key_head(unit));
       for (int row = 0; row < rows_.count(); ++row) {
-        const std::int64_t place = std::int64_t{unit} * places_ + row;
         for (std::size_t i = 0; i < partials.size(); ++i) {
-          const Partial& partial = partials[i];
-          parts[i] = {partial.sums.data() + place * width_, partial.max.data()[place], partial.sum.data()[place]};
+          const RunningSoftmax softmax = softmax_of(partials[i], unit, row);
+          parts[i] = {sums_of(partials[i], unit, row), *softmax.max, *softmax.sum};
         }
         const int head = query_head(unit, row);
         const float lse = merge_row(parts, sink_of(head), problem_.head_dim_v, merged);
@@ -287,7 +286,7 @@ class TileAttention {
   void reserve() {
     const int strips = static_cast<int>(divide_up(rows_.count(), strip_rows));
     workspace_.rows.reserve(std::size_t{strip_rows} * std::max(problem_.head_dim, problem_.head_dim_v));
-    workspace_.queries.reserve(std::size_t(depth_) * (streams_ ? units_ * places_ : strips * strip_rows));
+    workspace_.queries.reserve(std::size_t(depth_) * (streams_ ? units_ * rows_.count() : strips * strip_rows));
     if (!streams_) {
       workspace_.keys.reserve(std::size_t(block_keys) * depth_);
       workspace_.values.reserve(std::size_t(block_keys) * width_);
@@ -334,24 +333,35 @@ class TileAttention {
 
   /// Loads the rows of q or qv, from `at` on in what is summed over.
   void load_queries(const Rows& source, int head_dim, float factor, int unit, int at) {
-    for (const Strip& strip : workspace_.strips) {
-      float* target =
-          streams_ ? workspace_.queries.data() + std::int64_t{unit} * places_ * depth_ + at : workspace_.rows.data();
-      const int stride = streams_ ? depth_ : head_dim;
-      for (int row = 0; row < strip.rows; ++row) {
-        const int q_row = query_row(strip.first + row);
-        const void* query = source.at(problem_.query_slot(b_), std::int64_t{sequence_.first_q} + q_row,
-                                      query_head(unit, strip.first + row));
-        if (problem_.rotary.given() && at == 0) query = rotated_query(query, q_row);
-        kernels_.widen(source.type, query, factor, target + std::int64_t{row} * stride, head_dim);
-        if (streams_)
-          std::fill(target + row * stride + head_dim, target + row * stride + round_up(head_dim, width_multiple), 0.0F);
+    if (streams_) {
+      const int padded = round_up(head_dim, width_multiple);
+      for (int row = 0; row < rows_.count(); ++row) {
+        float* target = streamed_queries(unit) + row * depth_ + at;
+        load_query(source, head_dim, factor, unit, row, target);
+        std::fill(target + head_dim, target + padded, 0.0F);
       }
-      if (!streams_)
-        packed_.pack_queries(target, stride, strip.rows, head_dim, packed_queries(strip) + at * strip_rows);
+      return;
+    }
+    float* rows = workspace_.rows.data();
+    for (const Strip& strip : workspace_.strips) {
+      for (int row = 0; row < strip.rows; ++row) {
+        load_query(source, head_dim, factor, unit, strip.first + row, rows + row * head_dim);
+      }
+      packed_.pack_queries(rows, head_dim, strip.rows, head_dim, packed_queries(strip) + at * strip_rows);
     }
   }
 
+  void load_query(const Rows& source, int head_dim, float factor, int unit, int row, float* target) {
+    const void* query =
+        source.at(problem_.query_slot(b_), std::int64_t{sequence_.first_q} + query_row(row), query_head(unit, row));
+    const bool rotates = problem_.rotary.given() && &source == &problem_.q;
+    if (rotates) query = rotated_query(query, query_row(row));
+    kernels_.widen(source.type, query, factor, target, head_dim);
+  }
+
+  float* streamed_queries(int unit) const {
+    return workspace_.queries.data() + std::int64_t{unit} * rows_.count() * depth_;
+  }
   float* packed_queries(const Strip& strip) const {
     return workspace_.queries.data() + std::int64_t{strip.first} * depth_;
   }
@@ -453,28 +463,27 @@ class TileAttention {
       for (int unit = 0; unit < units_; ++unit) {
         prefetcher.advance(std::int64_t{keys.size()} * value_bytes);
         kernels_.accumulate(problem_.v.type, scores_of(unit), values_of(block, unit), keys,
-                            keys.begin == columns.begin ? rescale_of(unit) : nullptr,
-                            partial.sums.data() + std::int64_t{unit} * places_ * width_, width_, strip.rows,
-                            problem_.head_dim_v);
+                            keys.begin == columns.begin ? rescale_of(unit) : nullptr, sums_of(partial, unit), width_,
+                            strip.rows, problem_.head_dim_v);
       }
     });
   }
 
-  /// Calls run(keys) for parts of `columns` of a few keys, whose rows of all head units fit a core's first cache.
+  /// Calls run(keys) for parts of `columns` of a few keys, whose rows of all heads fit a core's first cache. How many
+  /// shows in the rounding of sums, so it must not depend on how many head units make a task.
   template <typename Run>
   void for_few_keys(KeyRange columns, int row_bytes, const Run& run) const {
     constexpr int bytes = 16 * 1024;
-    const int few = clamp(bytes / (units_ * row_bytes) / dot_keys, 1, block_keys / dot_keys) * dot_keys;
+    const int few = clamp(bytes / (problem_.heads_k * row_bytes) / dot_keys, 1, block_keys / dot_keys) * dot_keys;
     for (int key = columns.begin; key < columns.end; key += few) run(KeyRange{key, std::min(key + few, columns.end)});
-  }
-
-  const float* streamed_queries(int unit) const {
-    return workspace_.queries.data() + std::int64_t{unit} * places_ * depth_;
   }
 
   float* scores_of(int unit) const { return workspace_.scores.data() + std::int64_t{unit} * block_keys * strip_rows; }
   float* rescale_of(int unit) const { return workspace_.rescale.data() + std::int64_t{unit} * strip_rows; }
-  RunningSoftmax softmax_of(Partial& partial, int unit, int row = 0) const {
+  float* sums_of(const Partial& partial, int unit, int row = 0) const {
+    return partial.sums.data() + (std::int64_t{unit} * rows_.count() + row) * width_;
+  }
+  RunningSoftmax softmax_of(const Partial& partial, int unit, int row = 0) const {
     const std::int64_t place = std::int64_t{unit} * places_ + row;
     return {partial.max.data() + place, partial.sum.data() + place};
   }
@@ -496,8 +505,7 @@ class TileAttention {
       if (seen.empty()) continue;
       packed_.multiply_scores(keys, packed_queries(strip), seen, strip.rows, depth_, scores);
       update_softmax(packed_, strip, first_key, seen, scores, softmax_of(partial, 0, strip.first), rescale_of(0));
-      packed_.accumulate(scores, values, seen, rescale_of(0), partial.sums.data() + std::int64_t{strip.first} * width_,
-                         strip.rows, width_);
+      packed_.accumulate(scores, values, seen, rescale_of(0), sums_of(partial, 0, strip.first), strip.rows, width_);
     }
   }
 
@@ -535,7 +543,7 @@ class TileAttention {
   bool streams_;
   const PackedKernels& packed_;
   TileRows rows_;
-  int places_;  ///< of one head unit
+  int places_;  ///< rows_ of one head unit, rounded up to whole vectors
   KeyRange keys_;
   int width_;  ///< of the rows of values and sums, padding included
   int qv_at_;  ///< where qv and the values start in what is summed over for the scores,
