@@ -580,7 +580,7 @@ void clear_unused_rows(const Problem& problem) {
 
 Machine machine(const Problem& problem) {
   // The queries and sums of a tile stay in a core's second cache, which holds a megabyte or more.
-  constexpr int floats_of_tile = 64 * 1024;
+  constexpr int floats_of_tile = 128 * 1024;
   const int depth = problem.head_dim + (problem.qv.given() ? problem.head_dim_v : 0);
   const int strips = std::clamp(floats_of_tile / (strip_rows * (depth + problem.head_dim_v)), 1, 8);
   return {strip_rows, strips * strip_rows, block_keys, streamed_rows, available_threads()};
