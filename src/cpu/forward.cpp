@@ -163,6 +163,7 @@ struct Workspace {
   Floats queries;                  ///< streamed: (head units, rows, depth); packed: for each strip (depth, strip_rows)
   Floats keys;                     ///< packed: (block_keys, depth)
   Floats values;                   ///< packed: (block_keys, width)
+  Floats block_sums;               ///< streamed: (head units, rows, width)
   Floats scores;                   ///< (head units, block_keys, strip_rows)
   Floats row;                      ///< one row: a query that is rotated, or the merged sums
   Floats scratch;                  ///< the angles of a rotation, then the rotated query in its own type
@@ -287,7 +288,9 @@ class TileAttention {
     const int strips = static_cast<int>(divide_up(rows_.count(), strip_rows));
     workspace_.rows.reserve(std::size_t{strip_rows} * std::max(problem_.head_dim, problem_.head_dim_v));
     workspace_.queries.reserve(std::size_t(depth_) * (streams_ ? units_ * rows_.count() : strips * strip_rows));
-    if (!streams_) {
+    if (streams_) {
+      workspace_.block_sums.reserve(std::size_t(units_) * rows_.count() * width_);
+    } else {
       workspace_.keys.reserve(std::size_t(block_keys) * depth_);
       workspace_.values.reserve(std::size_t(block_keys) * width_);
     }
@@ -462,11 +465,14 @@ class TileAttention {
     for_few_keys(columns, value_bytes, [&](KeyRange keys) {
       for (int unit = 0; unit < units_; ++unit) {
         prefetcher.advance(std::int64_t{keys.size()} * value_bytes);
-        kernels_.accumulate(problem_.v.type, scores_of(unit), values_of(block, unit), keys,
-                            keys.begin == columns.begin ? rescale_of(unit) : nullptr, sums_of(partial, unit), width_,
-                            strip.rows, problem_.head_dim_v);
+        kernels_.sum_values(problem_.v.type, scores_of(unit), values_of(block, unit), keys, keys.begin > columns.begin,
+                            block_sums_of(unit), width_, strip.rows, problem_.head_dim_v);
       }
     });
+    // The sums of a block are added up by themselves, for the precision of long contexts.
+    for (int unit = 0; unit < units_; ++unit) {
+      kernels_.add_block(block_sums_of(unit), rescale_of(unit), sums_of(partial, unit), strip.rows, width_);
+    }
   }
 
   /// Calls run(keys) for parts of `columns` of a few keys, whose rows of all heads fit a core's first cache. How many
@@ -478,6 +484,9 @@ class TileAttention {
     for (int key = columns.begin; key < columns.end; key += few) run(KeyRange{key, std::min(key + few, columns.end)});
   }
 
+  float* block_sums_of(int unit) const {
+    return workspace_.block_sums.data() + std::int64_t{unit} * rows_.count() * width_;
+  }
   float* scores_of(int unit) const { return workspace_.scores.data() + std::int64_t{unit} * block_keys * strip_rows; }
   float* rescale_of(int unit) const { return workspace_.rescale.data() + std::int64_t{unit} * strip_rows; }
   float* sums_of(const Partial& partial, int unit, int row = 0) const {

@@ -95,10 +95,13 @@ struct Kernels {
   void (*dot_scores)(ElementType type, BlockRows keys, const float* queries, int stride, KeyRange columns, int rows,
                      int depth, bool add, float* scores);
 
-  /// The same as PackedKernels::accumulate, of values that lie where they lie, and any width: sums are (rows, stride).
-  /// Nothing is rescaled where `rescale` is null.
-  void (*accumulate)(ElementType type, const float* weights, BlockRows values, KeyRange columns, const float* rescale,
-                     float* sums, int stride, int rows, int width);
+  /// sums (rows, stride)[:, :width] becomes, or grows by, weights[columns, :rows]^T . values[columns, :width], of
+  /// values that lie where they lie. Up to the next multiple of width_multiple, sums may be written too.
+  void (*sum_values)(ElementType type, const float* weights, BlockRows values, KeyRange columns, bool add, float* sums,
+                     int stride, int rows, int width);
+
+  /// sums (rows, width) = rescale (rows) * sums + block. width is a multiple of width_multiple.
+  void (*add_block)(const float* block, const float* rescale, float* sums, int rows, int width);
 
   PackedKernels float32;
   /// numbers_per_lane is 0 where the processor cannot multiply them.

@@ -8,7 +8,7 @@ namespace {
 
 struct Avx2 : Vectors<Avx2, 8> {
   static constexpr int score_keys = 4;
-  static constexpr int score_vectors = 2;
+  static constexpr int score_vectors = 3;
   static constexpr int sum_rows = 6;
   static constexpr int sum_vectors = 2;
   static constexpr int dot_rows = 2;

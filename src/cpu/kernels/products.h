@@ -64,7 +64,13 @@ struct PlacedRightEnd {
 /// A tile of sums: Rows by Vectors.
 template <typename Isa, int Rows, int Vectors>
 struct Tile {
-  typename Isa::Floats sums[Rows][Vectors] = {};
+  typename Isa::Floats sums[Rows][Vectors];
+
+  [[gnu::always_inline]] Tile() {
+    for (auto& row : sums) {
+      for (auto& sum : row) sum = typename Isa::Floats{};
+    }
+  }
 
   /// Adds the product of left[:, i] and right[i, vectors from `vector` on], in the order of i.
   template <typename Operands, typename Right>
@@ -107,11 +113,11 @@ void multiply_scores(const float* keys, const float* queries, KeyRange columns, 
   }
 }
 
-/// Adds weights^T . right over the lanes `range` of keys to rescaled sums (rows, stride), for `vectors` vectors.
-template <typename Isa, typename Operands, typename Right>
-[[gnu::always_inline]] inline void accumulate_vectors(const float* weights, const Right& right, KeyRange range,
-                                                      const float* rescale, float* sums, std::int64_t stride, int rows,
-                                                      int vectors) {
+/// Sums weights^T . right up over the lanes `range` of keys, for `vectors` vectors of all rows: calls take(row, vector,
+/// sum).
+template <typename Isa, typename Operands, typename Right, typename Take>
+[[gnu::always_inline]] inline void sum_values(const float* weights, const Right& right, KeyRange range, int rows,
+                                              int vectors, const Take& take) {
   for_groups<Isa::sum_vectors>(
       vectors, [&](int vector, auto vectors_of_tile) __attribute__((always_inline)) {
         for_groups<Isa::sum_rows>(
@@ -120,11 +126,7 @@ template <typename Isa, typename Operands, typename Right>
               Tile<Isa, rows_of_tile(), vectors_of_tile()> tile;
               tile.template multiply<Operands>(left, right, vector, range.begin, range.end);
               for (int r = 0; r < rows_of_tile(); ++r) {
-                const auto factor = Isa::broadcast(rescale == nullptr ? 1.0F : rescale[row + r]);
-                for (int v = 0; v < vectors_of_tile(); ++v) {
-                  float* sum = sums + (row + r) * stride + (vector + v) * Isa::lanes;
-                  Isa::store(sum, Isa::multiply_add(factor, Isa::load(sum), tile.sums[r][v]));
-                }
+                for (int v = 0; v < vectors_of_tile(); ++v) take(row + r, vector + v, tile.sums[r][v]);
               }
             });
       });
@@ -134,25 +136,46 @@ template <typename Isa, typename Operands>
 void accumulate_packed(const float* weights, const float* values, KeyRange columns, const float* rescale, float* sums,
                        int rows, int width) {
   const KeyRange lanes{columns.begin / Operands::numbers_per_lane, columns.end / Operands::numbers_per_lane};
-  accumulate_vectors<Isa, Operands>(weights, PackedRight<Isa>{values, width}, lanes, rescale, sums, width, rows,
-                                    width / Isa::lanes);
+  using Floats = typename Isa::Floats;
+  const auto take = [&](int row, int vector, Floats value) __attribute__((always_inline)) {
+    float* sum = sums + std::int64_t{row} * width + vector * Isa::lanes;
+    Isa::store(sum, Isa::multiply_add(Isa::broadcast(rescale[row]), Isa::load(sum), value));
+  };
+  sum_values<Isa, Operands>(weights, PackedRight<Isa>{values, width}, lanes, rows, width / Isa::lanes, take);
 }
 
 template <typename Isa>
-void accumulate_placed(ElementType type, const float* weights, BlockRows values, KeyRange columns, const float* rescale,
+void sum_placed_values(ElementType type, const float* weights, BlockRows values, KeyRange columns, bool add,
                        float* sums, int stride, int rows, int width) {
+  using Floats = typename Isa::Floats;
+  using Operands = Float32Operands<Isa>;
   const int vectors = width / Isa::lanes;
   const int rest = width % Isa::lanes;
+  const auto take_from = [&](int first_vector) {
+    return [=](int row, int vector, Floats value) __attribute__((always_inline)) {
+      float* sum = sums + std::int64_t{row} * stride + (first_vector + vector) * Isa::lanes;
+      Isa::store(sum, add ? Isa::load(sum) + value : value);
+    };
+  };
   visit_type(type, [&](auto number) {
     using Number = decltype(number);
-    using Operands = Float32Operands<Isa>;
     const PlacedRight<Isa, Number> right{values, 0};
-    accumulate_vectors<Isa, Operands>(weights, right, columns, rescale, sums, stride, rows, vectors);
+    sum_values<Isa, Operands>(weights, right, columns, rows, vectors, take_from(0));
     if (rest > 0) {
       const PlacedRightEnd<Isa, Number> end{{values, vectors * Isa::lanes}, rest};
-      accumulate_vectors<Isa, Operands>(weights, end, columns, rescale, sums + vectors * Isa::lanes, stride, rows, 1);
+      sum_values<Isa, Operands>(weights, end, columns, rows, 1, take_from(vectors));
     }
   });
+}
+
+template <typename Isa>
+void add_block(const float* block, const float* rescale, float* sums, int rows, int width) {
+  for (int row = 0; row < rows; ++row) {
+    const auto factor = Isa::broadcast(rescale[row]);
+    for (int i = row * width; i < (row + 1) * width; i += Isa::lanes) {
+      Isa::store(sums + i, Isa::multiply_add(factor, Isa::load(sums + i), Isa::load(block + i)));
+    }
+  }
 }
 
 /// A tile of the products of query rows with keys that lie where they lie, Rows by four keys: the lanes of each vector
@@ -162,7 +185,13 @@ struct DotTile {
   static constexpr int keys = dot_keys;
   using Floats = typename Isa::Floats;
 
-  Floats sums[Rows][keys] = {};
+  Floats sums[Rows][keys];
+
+  [[gnu::always_inline]] DotTile() {
+    for (auto& row : sums) {
+      for (auto& sum : row) sum = Floats{};
+    }
+  }
 
   [[gnu::always_inline]] void multiply(const float* queries, std::int64_t stride, const Floats (&values)[keys]) {
     for (int r = 0; r < Rows; ++r) {

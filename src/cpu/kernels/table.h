@@ -37,7 +37,8 @@ constexpr Kernels kernels_of(const char* name) {
       narrow_row<Isa>,
       cap_scores<Isa>,
       dot_scores<Isa>,
-      accumulate_placed<Isa>,
+      sum_placed_values<Isa>,
+      add_block<Isa>,
       packed_kernels<Isa, Float32Operands<Isa>>(),
       PackedKernels{},
   };

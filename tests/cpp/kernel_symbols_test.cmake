@@ -1,0 +1,25 @@
+# The files of src/cpu/kernels are compiled for different processors. A function that several of them define is one that
+# the linker picks from any of them, and a static initialiser runs whatever the processor is: either would crash an
+# older one. So each of OBJECTS must have neither.
+set(count 0)
+foreach(object IN LISTS OBJECTS)
+  if(NOT object MATCHES "/cpu/kernels/[^/]*$")
+    continue()
+  endif()
+  math(EXPR count "${count} + 1")
+  execute_process(COMMAND ${NM} --defined-only --demangle ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+  # Weak functions are W, weak data V, and what is unique in a process u. The one table of data is the same everywhere.
+  string(REGEX MATCHALL "[^\n]* [WwVvu] [^\n]*" shared "${symbols}")
+  list(FILTER shared EXCLUDE REGEX " [Vu] mate::cpu::float8_e4m3_values$")
+  if(shared)
+    list(JOIN shared "\n" shared)
+    message(SEND_ERROR "${object} shares with other files:\n${shared}")
+  endif()
+  execute_process(COMMAND ${READELF} --sections --wide ${object} OUTPUT_VARIABLE sections COMMAND_ERROR_IS_FATAL ANY)
+  if(sections MATCHES "[.](init_array|ctors)")
+    message(SEND_ERROR "${object} has a static initialiser")
+  endif()
+endforeach()
+if(count EQUAL 0)
+  message(SEND_ERROR "none of the objects is one of src/cpu/kernels: ${OBJECTS}")
+endif()
