@@ -91,7 +91,7 @@ struct Kernels {
   void (*cap_scores)(float* scores, KeyRange columns, float scale, float softcap, int rows);
 
   /// scores[columns, :rows] becomes, or grows by, keys[columns, :depth] . queries (rows, stride)[:, :depth]^T, of keys
-  /// that lie where they lie.
+  /// that lie where they lie. Queries are 0 from `depth` to the next multiple of width_multiple.
   void (*dot_scores)(ElementType type, BlockRows keys, const float* queries, int stride, KeyRange columns, int rows,
                      int depth, bool add, float* scores);
 

@@ -193,10 +193,16 @@ ffi::Optional<ffi::Tensor> scheduler_metadata(
   return result;
 }
 
+ffi::String describe_backends() {
+  ffi::String description;
+  with_python_errors([&] { description = mate::describe_backends(); });
+  return description;
+}
+
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, attention)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, combine)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(scheduler_metadata, scheduler_metadata)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(describe_backends, [] { return ffi::String(mate::describe_backends()); })
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(describe_backends, describe_backends)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, [] { return ffi::String(MATE_VERSION); })

@@ -303,7 +303,9 @@ TEST_P(KernelsTest, DotScoresWidensEveryNumberExactly) {
   constexpr int rows = 5;
   for (const Format& format : narrow_formats) {
     for (const int depth : {width_multiple, width_multiple - 1, 1}) {
-      const std::vector<float> queries(rows * depth, 1);
+      // Queries are rounded up to whole vectors, with zeros.
+      std::vector<float> queries(rows * width_multiple);
+      for (int row = 0; row < rows; ++row) std::fill_n(queries.begin() + row * width_multiple, depth, 1.0F);
       Placed keys(format.type, key_step, depth);
       std::vector<float> scores(key_step * strip_rows);
       for (int first = 0; first < format.codes(); first += key_step) {
@@ -313,8 +315,8 @@ TEST_P(KernelsTest, DotScoresWidensEveryNumberExactly) {
           codes[(first / key_step + key) % depth] = first + key;
           keys.set_bytes(key, format.bytes(codes));
         }
-        GetParam()->dot_scores(format.type, keys.rows(), queries.data(), depth, {0, key_step}, rows, depth, false,
-                               scores.data());
+        GetParam()->dot_scores(format.type, keys.rows(), queries.data(), width_multiple, {0, key_step}, rows, depth,
+                               false, scores.data());
         for (int key = 0; key < key_step; ++key) {
           for (int row = 0; row < rows; ++row) {
             const float got = scores[key * strip_rows + row];

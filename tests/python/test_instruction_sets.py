@@ -18,7 +18,6 @@ HERE = Path(__file__).resolve().parent
 KNOWN = ("avx512_bf16", "avx512", "avx2", "portable")
 # Promises of bits, in few enough calls for a run in each instruction set.
 PROMISES = (
-    "test_batch_invariant.py::test_options_that_have_no_say[changed3]",
     "test_batch_invariant.py::test_threads[2]",
     "test_invariance.py::test_deterministic_changes_nothing",
     "test_nonfinite.py",

@@ -8,17 +8,18 @@
 
 namespace mate::cpu {
 
-/// 2**x for x <= 0, within 2 units in the last place; 0 below -126.5, NaN of NaN.
+/// 2**x for x <= 0, within 2 units in the last place; 0 below -126.5, NaN of NaN. Of a hidden key's score x may be
+/// larger, and the result anything.
 template <typename Isa>
 typename Isa::Floats exp2(typename Isa::Floats x) {
   using Floats = typename Isa::Floats;
-  using Ints = typename Isa::Ints;
+  using Unsigned = typename Isa::Unsigned;
   // The least power is 2**-127, whose exponent bits are those of 0.
   x = Isa::max(Isa::broadcast(-127.0F), x);
   // Adding 1.5 * 2**23 rounds x to an integer, which is then in the low bits.
   const Floats shifted = x + 0x1.8p23F;
   const Floats fraction = x - (shifted - 0x1.8p23F);
-  const auto power = std::bit_cast<Floats>((std::bit_cast<Ints>(shifted) << 23) + 0x3f800000);
+  const auto power = std::bit_cast<Floats>((std::bit_cast<Unsigned>(shifted) << 23) + 0x3f800000U);
   // Chebyshev fit of 2**fraction on -0.5 .. 0.5.
   Floats y = Isa::broadcast(1.5337577e-4F);
   y = Isa::multiply_add(y, fraction, Isa::broadcast(1.339986e-3F));
