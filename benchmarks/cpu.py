@@ -278,6 +278,7 @@ def decode(
         entrants = [cache_contender(q, k, v, lengths, page_size, layers, len(pages) > 1) for page_size in pages]
         if q.dtype == k.dtype:
             entrants.append(sdpa_decode(q, k, v, layers))
+        entrants.append(Contender("plain read", over_layers(read_all, k, v, layers), limit=True))
         return entrants
 
     labels: dict[str, object] = {
@@ -315,6 +316,11 @@ def sdpa_decode(q: Tensor, k: Tensor, v: Tensor, layers: int) -> Contender:
         return scaled_dot_product_attention(q_t, k.transpose(1, 2), v.transpose(1, 2), enable_gqa=gqa)
 
     return Contender("SDPA", over_layers(call, k, v, layers), heads_last, peer=True)
+
+
+def read_all(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        tensor.view(torch.int64).sum()
 
 
 def ragged(dtype: str, lengths: list[int], heads: int, head_dim: int, causal: bool) -> Case:
