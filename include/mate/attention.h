@@ -76,6 +76,8 @@ struct AttentionArguments {
   std::int64_t sm_margin = 0;         ///< leave that many multiprocessors (on the CPU: threads) free
   Tensor scheduler_metadata = {};     ///< from scheduler_metadata() of the same lengths
   bool batch_invariant = false;       ///< the bits of a sequence do not depend on the batch around it
+
+  void* stream = nullptr;  ///< of tensors on a GPU: the CUstream that the call joins, without waiting for its results
 };
 
 /// Computes out (and lse) of

@@ -1,9 +1,9 @@
 // The normalised call: what is left of the arguments once they are checked and every default is filled in.
+//
+// Shared with device code: includes nothing but its siblings, which include nothing.
 #pragma once
 
-#include <cstdint>
-
-#include "sequence.h"
+#include "attention/sequence.h"
 
 namespace mate {
 
@@ -31,13 +31,13 @@ constexpr int bytes_of(ElementType type) {
 struct Rows {
   void* data = nullptr;
   ElementType type = ElementType::float32;
-  std::int64_t slot_stride = 0;
-  std::int64_t row_stride = 0;
-  std::int64_t head_stride = 0;
+  long long slot_stride = 0;
+  long long row_stride = 0;
+  long long head_stride = 0;
 
   constexpr bool given() const { return data != nullptr; }
-  void* at(std::int64_t slot, std::int64_t row, std::int64_t head) const {
-    const std::int64_t offset = slot * slot_stride + row * row_stride + head * head_stride;
+  void* at(long long slot, long long row, long long head) const {
+    const long long offset = slot * slot_stride + row * row_stride + head * head_stride;
     return static_cast<char*>(data) + offset * bytes_of(type);
   }
 };
@@ -45,11 +45,11 @@ struct Rows {
 /// lse, float32: (slot, head, row). A ragged one is one slot.
 struct LogSumExp {
   float* data = nullptr;
-  std::int64_t slot_stride = 0;
-  std::int64_t head_stride = 0;
-  std::int64_t row_stride = 0;
+  long long slot_stride = 0;
+  long long head_stride = 0;
+  long long row_stride = 0;
 
-  float& at(std::int64_t slot, std::int64_t head, std::int64_t row) const {
+  float& at(long long slot, long long head, long long row) const {
     return data[slot * slot_stride + head * head_stride + row * row_stride];
   }
 };
@@ -57,10 +57,10 @@ struct LogSumExp {
 /// A descale factor for each sequence and key head, 1 where absent.
 struct Descale {
   const float* data = nullptr;
-  std::int64_t batch_stride = 0;
-  std::int64_t head_stride = 0;
+  long long batch_stride = 0;
+  long long head_stride = 0;
 
-  float at(std::int64_t b, std::int64_t head) const {
+  float at(long long b, long long head) const {
     return data == nullptr ? 1.0F : data[b * batch_stride + head * head_stride];
   }
 };
@@ -69,10 +69,10 @@ struct Descale {
 struct Sink {
   const void* data = nullptr;
   ElementType type = ElementType::float32;
-  std::int64_t stride = 1;
+  long long stride = 1;
 
   constexpr bool given() const { return data != nullptr; }
-  const void* at(std::int64_t head) const { return static_cast<const char*>(data) + head * stride * bytes_of(type); }
+  const void* at(long long head) const { return static_cast<const char*>(data) + head * stride * bytes_of(type); }
 };
 
 /// The rotation of queries and appended keys.
@@ -80,20 +80,16 @@ struct Rotary {
   const void* cos = nullptr;  ///< (rows, dim / 2); null: no rotation
   const void* sin = nullptr;
   ElementType type = ElementType::float32;
-  std::int64_t cos_stride = 0;
-  std::int64_t sin_stride = 0;
+  long long cos_stride = 0;
+  long long sin_stride = 0;
   int rows = 0;
   int dim = 0;
   bool interleaved = true;
   bool queries_advance = false;  ///< query row i stands i positions after the first; else all stand at the first
 
   constexpr bool given() const { return cos != nullptr; }
-  const void* cos_row(std::int64_t row) const {
-    return static_cast<const char*>(cos) + row * cos_stride * bytes_of(type);
-  }
-  const void* sin_row(std::int64_t row) const {
-    return static_cast<const char*>(sin) + row * sin_stride * bytes_of(type);
-  }
+  const void* cos_row(long long row) const { return static_cast<const char*>(cos) + row * cos_stride * bytes_of(type); }
+  const void* sin_row(long long row) const { return static_cast<const char*>(sin) + row * sin_stride * bytes_of(type); }
 };
 
 /// What a call computes, on which memory. Absent optional parts are null.
@@ -131,6 +127,7 @@ struct Problem {
   Sequence sequence(int b) const { return locate_sequence(queries, keys, mask, b); }
   /// The slot of q, qv, out and lse that sequence b lies in.
   int query_slot(int b) const { return ragged_queries() ? 0 : b; }
+  int query_slots() const { return ragged_queries() ? 1 : batch; }
 };
 
 /// Partial results to be merged, and what they are merged to.
@@ -141,9 +138,9 @@ struct CombineProblem {
   int heads = 0;
   int head_dim_v = 0;
   Rows partial;  ///< of the first split, float32
-  std::int64_t partial_split_stride = 0;
+  long long partial_split_stride = 0;
   LogSumExp partial_lse;  ///< of the first split
-  std::int64_t lse_split_stride = 0;
+  long long lse_split_stride = 0;
   Rows out;
   LogSumExp lse;  ///< data is null where it is not wanted
 };

@@ -3,7 +3,7 @@
 // Shared with device code: includes nothing but its sibling, which includes nothing.
 #pragma once
 
-#include "visibility.h"
+#include "attention/visibility.h"
 
 namespace mate {
 
@@ -66,6 +66,13 @@ constexpr int clamp(long long value, long long low, long long high) {
   return static_cast<int>(value < low ? low : value > high ? high : value);
 }
 
+/// How many query rows a sequence has, used or not.
+constexpr int query_capacity(const QueryLayout& queries, int b) {
+  if (!queries.cu_seqlens.given()) return queries.rows;
+  const int begin = clamp(queries.cu_seqlens[b], 0, queries.rows);
+  return clamp(static_cast<long long>(queries.cu_seqlens[b + 1]) - begin, 0, queries.rows - begin);
+}
+
 /// How many keys a sequence has room for.
 constexpr int key_capacity(const KeyLayout& keys, int b) {
   if (keys.paged()) return clamp(static_cast<long long>(keys.max_pages) * keys.rows, 0, max_length);
@@ -77,11 +84,8 @@ constexpr int key_capacity(const KeyLayout& keys, int b) {
 /// Sequence b. Whatever the lengths hold, nothing outside a tensor is pointed to: they are clamped.
 constexpr Sequence locate_sequence(const QueryLayout& queries, const KeyLayout& keys, const Mask& mask, int b) {
   Sequence s;
-  int q_capacity = queries.rows;
-  if (queries.cu_seqlens.given()) {
-    s.first_q = clamp(queries.cu_seqlens[b], 0, queries.rows);
-    q_capacity = clamp(static_cast<long long>(queries.cu_seqlens[b + 1]) - s.first_q, 0, queries.rows - s.first_q);
-  }
+  const int q_capacity = query_capacity(queries, b);
+  if (queries.cu_seqlens.given()) s.first_q = clamp(queries.cu_seqlens[b], 0, queries.rows);
   s.lengths.sq = queries.seqused.given() ? clamp(queries.seqused[b], 0, q_capacity) : q_capacity;
 
   // A cache row that there is not holds no keys.

@@ -4,7 +4,7 @@
 // is decided in plan.cpp.
 #pragma once
 
-#include "visibility.h"
+#include "attention/visibility.h"
 
 namespace mate {
 
@@ -47,18 +47,26 @@ constexpr TileRows rows_of_tile(const Tiling& tiling, int sq, int tile) {
   return {first, (end < rows ? end : rows) - 1};
 }
 
-/// The keys that some row of a tile sees.
-constexpr KeyRange keys_of_tile(const Tiling& tiling, const Mask& mask, const Lengths& lengths, int tile) {
-  const TileRows rows = rows_of_tile(tiling, lengths.sq, tile);
+/// The keys that some of these packed rows sees.
+constexpr KeyRange keys_of_rows(const Tiling& tiling, const Mask& mask, const Lengths& lengths, TileRows rows) {
   return keys_of_some_row(mask, lengths, static_cast<int>(rows.first / tiling.pack),
                           static_cast<int>(rows.last / tiling.pack));
 }
 
+/// The keys that some row of a tile sees.
+constexpr KeyRange keys_of_tile(const Tiling& tiling, const Mask& mask, const Lengths& lengths, int tile) {
+  return keys_of_rows(tiling, mask, lengths, rows_of_tile(tiling, lengths.sq, tile));
+}
+
 /// The blocks that hold those keys: no other block is read.
-constexpr BlockRange blocks_of_tile(const Tiling& tiling, const Mask& mask, const Lengths& lengths, int tile) {
-  const KeyRange keys = keys_of_tile(tiling, mask, lengths, tile);
+constexpr BlockRange blocks_of_rows(const Tiling& tiling, const Mask& mask, const Lengths& lengths, TileRows rows) {
+  const KeyRange keys = keys_of_rows(tiling, mask, lengths, rows);
   if (keys.empty()) return {};
   return {keys.begin / tiling.block_keys, static_cast<int>(divide_up(keys.end, tiling.block_keys))};
+}
+
+constexpr BlockRange blocks_of_tile(const Tiling& tiling, const Mask& mask, const Lengths& lengths, int tile) {
+  return blocks_of_rows(tiling, mask, lengths, rows_of_tile(tiling, lengths.sq, tile));
 }
 
 /// Split `split` of `splits` equal parts of a tile's blocks; some are empty where there are fewer blocks.

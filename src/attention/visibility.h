@@ -37,7 +37,12 @@ struct KeyRange {
   constexpr int size() const { return empty() ? 0 : end - begin; }
 };
 
-constexpr long long floor_divide(long long a, long long b) { return a / b - (a % b < 0 ? 1 : 0); }
+/// a / b, rounded down, for -2**32 <= a < 2**32 and b > 0: GPUs divide 64-bit numbers slowly, in many registers.
+constexpr long long floor_divide(long long a, int b) {
+  const auto divisor = static_cast<unsigned>(b);
+  if (a >= 0) return static_cast<unsigned>(a) / divisor;
+  return -1 - static_cast<long long>(static_cast<unsigned>(-1 - a) / divisor);
+}
 
 /// How many keys of this rank stand before `position`, at least 0 and at most lengths.sk.
 constexpr int keys_before(const Mask& mask, const Lengths& lengths, long long position) {
