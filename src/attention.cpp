@@ -6,13 +6,17 @@
 #include "attention/contents.h"
 #include "attention/plan.h"
 #include "cpu/backend.h"
+#include "cuda/backend.h"
+#include "cuda/device.h"
 
 namespace mate {
 namespace {
 
-void require_backend(const Tensor& tensor) {
+bool is_cuda(const Tensor& tensor) { return tensor.device().device_type == kDLCUDA; }
+
+void require_host(const Tensor& tensor) {
   if (!is_host(tensor.device())) {
-    fail(ErrorKind::not_implemented, "MATE has no backend for the device ", DeviceOf{tensor});
+    fail(ErrorKind::not_implemented, "MATE has no backend for this call on the device ", DeviceOf{tensor});
   }
 }
 
@@ -20,12 +24,21 @@ void require_backend(const Tensor& tensor) {
 
 void attention(const AttentionArguments& arguments, const ArgumentNames& names, const Allocate& allocate) {
   Problem problem = make_problem(arguments, names);
-  require_backend(arguments.q);
-  verify_contents(problem, names);
+  const int device = arguments.q.device().device_id;
+  if (is_cuda(arguments.q)) {
+    cuda::require_served(problem, device);
+  } else {
+    require_host(arguments.q);
+    verify_contents(problem, names);
+  }
   if (allocate && !arguments.out.given()) {
     allocate_out(problem, arguments, allocate);
   } else {
     check_given("out", arguments.out);
+  }
+  if (is_cuda(arguments.q)) {
+    cuda::forward(problem, device, arguments.stream);
+    return;
   }
   const Plan plan = make_plan(problem, cpu::machine(problem));
   if (problem.keys.appends) cpu::append(problem, plan);
@@ -36,7 +49,7 @@ void attention(const AttentionArguments& arguments) { attention(arguments, Argum
 
 void combine(const CombineArguments& arguments) {
   const CombineProblem problem = make_problem(arguments);
-  require_backend(arguments.out_partial);
+  require_host(arguments.out_partial);
   cpu::combine(problem);
 }
 
@@ -46,7 +59,7 @@ void scheduler_metadata(const SchedulerMetadataArguments& arguments, const Argum
                         const Allocate& allocate) {
   const Problem problem = make_problem(arguments, names);
   const Tensor& lengths = arguments.seqused_k.given() ? arguments.seqused_k : arguments.cu_seqlens_k;
-  require_backend(lengths);
+  require_host(lengths);
   verify_contents(problem, names);
   Tensor out = arguments.out;
   if (allocate && !out.given()) {
@@ -63,6 +76,6 @@ void scheduler_metadata(const SchedulerMetadataArguments& arguments) {
   scheduler_metadata(arguments, ArgumentNames{}, nullptr);
 }
 
-std::string describe_backends() { return "cpu: " + cpu::describe(); }
+std::string describe_backends() { return "cpu: " + cpu::describe() + "\ncuda: " + cuda::describe(); }
 
 }  // namespace mate

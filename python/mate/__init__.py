@@ -10,6 +10,7 @@ from mate._functions import (
     get_scheduler_metadata,
 )
 from mate._info import info
+from mate._warmup import warmup
 
 __version__: str = _library.version()
 
@@ -21,4 +22,5 @@ __all__ = [
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
     "info",
+    "warmup",
 ]

@@ -1,10 +1,12 @@
-"""``python -m mate info`` prints what this machine has."""
+"""``python -m mate info`` prints what this machine has, ``python -m mate warmup`` compiles GPU kernels ahead."""
 
 from __future__ import annotations
 
 import argparse
 
-from mate import info
+import torch
+
+from mate import info, warmup
 
 
 def main() -> None:
@@ -12,14 +14,40 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
         "info", help="print the version, and the backends, instruction sets and devices of this machine"
+    ).set_defaults(run=_info)
+
+    ahead = commands.add_parser("warmup", help="compile the GPU kernels that a model needs; no GPU is needed")
+    ahead.add_argument("--head-dim", type=int, required=True, metavar="D", help="head size of queries and keys")
+    ahead.add_argument("--head-dim-v", type=int, metavar="DV", help="head size of values (default: D)")
+    ahead.add_argument(
+        "--dtype", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16"], help="(default: bfloat16)"
     )
-    parser.parse_args()
+    ahead.add_argument("--softcap", action="store_true", help="for calls with a softcap")
+    ahead.add_argument("--jobs", type=int, metavar="N", help="kernels compiled at once (default: one per processor)")
+    ahead.set_defaults(run=_warmup)
+
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+def _info(arguments: argparse.Namespace) -> None:
     for name, value in info().items():
         if isinstance(value, dict):
             for key, text in value.items():
                 print(f"{name}.{key}: {text}")
         else:
             print(f"{name}: {value}")
+
+
+def _warmup(arguments: argparse.Namespace) -> None:
+    compiled = warmup(
+        arguments.head_dim,
+        arguments.head_dim_v,
+        [getattr(torch, name) for name in arguments.dtype],
+        softcap=arguments.softcap,
+        jobs=arguments.jobs,
+    )
+    print(f"{compiled} kernels compiled")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 # PyTorch comes first: the library then shares its OpenMP threads.
@@ -20,4 +22,12 @@ attention = _module.attention
 combine = _module.combine
 scheduler_metadata = _module.scheduler_metadata
 describe_backends = _module.describe_backends
+kernel_sources = _module.kernel_sources
+compile_kernel = _module.compile_kernel
 version = _module.version
+
+# Where NVIDIA's packages put the compiler of GPU kernels. The library looks there when it first needs one.
+_COMPILER_FOLDERS = ("nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib")
+_module.set_compiler_folders(
+    [os.path.join(entry, folder) for entry in sys.path if os.path.isabs(entry) for folder in _COMPILER_FOLDERS]
+)

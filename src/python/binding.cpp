@@ -1,17 +1,27 @@
 // The functions that python/mate calls, through tvm-ffi: each takes the fields of a call of python/mate/_calls.py in
 // their order, then its results.
 #include <mate/attention.h>
+#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/container/tuple.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
+#include <array>
 #include <cstdint>
 #include <new>
 #include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "attention/arguments.h"
+#include "attention/check.h"
+#include "cuda/backend.h"
+#include "cuda/compiler.h"
+#include "cuda/kernel_cache.h"
 
 namespace {
 
@@ -30,6 +40,12 @@ mate::Tensor view(const OptionalTensor& tensor) { return tensor.has_value() ? vi
 template <typename T>
 std::optional<T> optional(const ffi::Optional<T>& value) {
   return value.has_value() ? std::optional<T>(value.value()) : std::nullopt;
+}
+
+/// The stream on which the caller's framework works with a tensor's device.
+void* stream_of(const ffi::TensorView& tensor) {
+  const DLDevice device = tensor.device();
+  return device.device_type == kDLCUDA ? TVMFFIEnvGetStream(device.device_type, device.device_id) : nullptr;
 }
 
 const char* python_exception(mate::ErrorKind kind) {
@@ -53,6 +69,8 @@ void with_python_errors(const Call& call) {
     throw ffi::Error(python_exception(error.kind()), error.what(), "");
   } catch (const std::bad_alloc&) {
     throw ffi::Error("MemoryError", "MATE could not get the memory that the call needs", "");
+  } catch (const std::runtime_error& error) {
+    throw ffi::Error("RuntimeError", error.what(), "");
   }
 }
 
@@ -126,6 +144,7 @@ ffi::Optional<ffi::Tensor> attention(
             .sm_margin = sm_margin,
             .scheduler_metadata = view(scheduler_metadata),
             .batch_invariant = batch_invariant,
+            .stream = stream_of(q),
         },
         argument_names[names], allocate_into(result));
   });
@@ -199,10 +218,46 @@ ffi::String describe_backends() {
   return description;
 }
 
+using NameAndText = ffi::Tuple<ffi::String, ffi::String>;
+
+/// The GPU kernels that calls of these head sizes and this type may need.
+ffi::Array<NameAndText> kernel_sources(std::int64_t head_dim, std::int64_t head_dim_v, DLDataType dtype, bool softcap) {
+  ffi::Array<NameAndText> sources;
+  with_python_errors([&] {
+    mate::check_type("dtype", dtype, std::array{mate::bfloat16, mate::float16});
+    const auto type = dtype == mate::bfloat16 ? mate::ElementType::bfloat16 : mate::ElementType::float16;
+    const auto checked = [](const char* name, std::int64_t value) {
+      mate::require(value >= 1 && value <= mate::max_head_dim, name, " must be from 1 to ", mate::max_head_dim,
+                    ", got ", value);
+      return static_cast<int>(value);
+    };
+    const int d = checked("head_dim", head_dim);
+    const int dv = checked("head_dim_v", head_dim_v);
+    for (const mate::cuda::KernelSource& source : mate::cuda::kernels_for(d, dv, type, softcap)) {
+      sources.push_back(NameAndText(source.name, source.text));
+    }
+  });
+  return sources;
+}
+
+/// Compiles a kernel into the cache. Whether that was needed.
+bool compile_kernel(const ffi::String& name, const ffi::String& text) {
+  bool compiled = false;
+  with_python_errors([&] { compiled = mate::cuda::cached_kernel({.name = name, .text = text}).compiled; });
+  return compiled;
+}
+
+void set_compiler_folders(const ffi::Array<ffi::String>& folders) {
+  mate::cuda::set_compiler_folders(std::vector<std::string>(folders.begin(), folders.end()));
+}
+
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, attention)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, combine)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(scheduler_metadata, scheduler_metadata)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(describe_backends, describe_backends)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kernel_sources, kernel_sources)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(compile_kernel, compile_kernel)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_compiler_folders, set_compiler_folders)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, [] { return ffi::String(MATE_VERSION); })

@@ -1,0 +1,64 @@
+"""Compiling GPU kernels ahead of the calls that need them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import torch
+
+from mate import _library
+
+
+def warmup(
+    head_dim: int,
+    head_dim_v: int | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    *,
+    softcap: bool = False,
+    jobs: int | None = None,
+    progress: bool = True,
+) -> int:
+    """Compiles the GPU kernels that a model's calls need, so that none of them waits for the compiler.
+
+    Without it the first call of each kind compiles its kernel, which takes seconds. Compiled kernels serve all later
+    processes of this user: they are kept in MATE_CACHE_DIR, else $XDG_CACHE_HOME/mate, else ~/.cache/mate. No GPU is
+    needed.
+
+    Args:
+        head_dim: the head size of queries and keys.
+        head_dim_v: that of values; ``head_dim`` by default.
+        dtypes: the types of queries, keys and values: torch.bfloat16 and torch.float16.
+        softcap: for calls with a softcap, else for calls without.
+        jobs: how many kernels are compiled at once; by default one on each processor.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        How many kernels were compiled. The others were in the folder already.
+    """
+    sources = {
+        name: text
+        for dtype in dtypes
+        for name, text in _library.kernel_sources(
+            head_dim, head_dim if head_dim_v is None else head_dim_v, dtype, softcap
+        )
+    }
+    pool = ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0)))
+    compiled = 0
+    try:
+        kernels = [pool.submit(_library.compile_kernel, name, text) for name, text in sources.items()]
+        for done, kernel in enumerate(as_completed(kernels), 1):
+            compiled += kernel.result()
+            if progress:
+                _show_progress(done, len(kernels))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return compiled
+
+
+def _show_progress(done: int, total: int) -> None:
+    bar = "#" * (40 * done // total)
+    end = "\n" if done == total else ""
+    print(f"\rCompiling kernels [{bar:<40}] {done}/{total}", end=end, file=sys.stderr, flush=True)

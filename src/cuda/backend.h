@@ -1,0 +1,22 @@
+// The NVIDIA backend: every call on tensors of a Hopper GPU (compute capability 9.0).
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "attention/problem.h"
+#include "compiler.h"
+
+namespace mate::cuda {
+
+/// Throws Error (not_implemented) for a call that this backend does not serve, and says what and why.
+void require_served(const Problem& problem, int device);
+
+/// Computes out and lse, and clears rows past a length, on a stream (CUstream) of a device; does not wait for them.
+void forward(const Problem& problem, int device, void* stream);
+
+/// The kernels that calls with these head sizes and this type may need, for whatever else they ask: causal or not,
+/// aligned or not.
+std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType type, bool softcap);
+
+}  // namespace mate::cuda

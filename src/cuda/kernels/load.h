@@ -1,0 +1,116 @@
+// From rows in global memory to swizzled tiles in shared memory: by tensor maps, or row by row.
+//
+// A tile is chunks of 64 columns, each a block of rows of 128 bytes whose eight pieces of 16 bytes are permuted: piece
+// c of row r stands at place c ^ (r % 8). Products read it without bank conflicts.
+#pragma once
+
+#include "prefill_arguments.h"
+#include "prefill_variant.h"
+#include "ptx/cp_async.h"
+#include "ptx/tma.h"
+
+namespace mate::cuda {
+
+/// One thread has the copy engine fetch a tile of `rows` rows, chunk by chunk.
+template <int rows, typename... Coordinates>
+__device__ inline void load_tile(unsigned char* tile, int head_dim, const TensorMap& map, ptx::Mbarrier& barrier,
+                                 Coordinates... coordinates) {
+#pragma unroll
+  for (int chunk = 0; chunk < chunks_of(head_dim); ++chunk) {
+    ptx::load_box(tile + chunk * rows * chunk_row_bytes, map, barrier, chunk * chunk_columns, coordinates...);
+  }
+}
+
+/// Where piece `piece` of 16 bytes of a row stands in a tile of `rows` rows.
+template <int rows>
+__device__ inline int piece_offset(int row, int piece) {
+  return (piece / 8 * rows + row) * chunk_row_bytes + ((piece % 8) ^ (row % 8)) * 16;
+}
+
+/// A warp clears rows begin .. end of a tile.
+template <int rows>
+__device__ inline void clear_rows(unsigned char* tile, int head_dim, int begin, int end) {
+  const int pieces = chunks_of(head_dim) * 8;
+  for (int i = begin * pieces + static_cast<int>(threadIdx.x % 32); i < end * pieces; i += 32) {
+    *reinterpret_cast<uint4*>(tile + piece_offset<rows>(i / pieces, i % pieces)) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+/// Fetches tiles row by row, by `threads` threads together, whatever the alignment of rows. Copies run on
+/// while the next tile is asked for; a tile's barrier is told when that has happened, or by flush().
+template <int threads>
+class GatherLoader {
+ public:
+  /// Rows are copied in pieces of `copy_bytes`; `somewhere` is any global memory: a copy of zeros needs an address too.
+  __device__ GatherLoader(int thread, int copy_bytes, const void* somewhere)
+      : thread_(thread), copy_bytes_(copy_bytes), somewhere_(somewhere) {}
+
+  /// row_of(r) is where row r of the tile begins, or null for a row of zeros. Elements past `head_dim` become zeros, up
+  /// to `padded`.
+  template <int rows, typename RowOf>
+  __device__ void load(unsigned char* tile, int head_dim, int padded, ptx::Mbarrier& barrier, const RowOf& row_of) {
+    switch (copy_bytes_) {
+      case 16:
+        copy<rows, 16>(tile, head_dim, padded, row_of);
+        break;
+      case 8:
+        copy<rows, 8>(tile, head_dim, padded, row_of);
+        break;
+      case 4:
+        copy<rows, 4>(tile, head_dim, padded, row_of);
+        break;
+      default:
+        move<rows>(tile, head_dim, padded, row_of);
+    }
+    ptx::commit_copies();
+    ptx::wait_copies<1>();
+    announce();
+    pending_ = &barrier;
+  }
+
+  __device__ void flush() {
+    ptx::wait_copies<0>();
+    announce();
+    pending_ = nullptr;
+  }
+
+ private:
+  __device__ void announce() {
+    if (pending_ == nullptr) return;
+    ptx::fence_proxy_async();
+    pending_->arrive();
+  }
+
+  template <int rows, int bytes, typename RowOf>
+  __device__ void copy(unsigned char* tile, int head_dim, int padded, const RowOf& row_of) const {
+    constexpr int elements = bytes / 2;
+    const int copies = padded / elements;
+    const unsigned shared = ptx::shared_address(tile);
+    for (int i = thread_; i < rows * copies; i += threads) {
+      const int row = i / copies;
+      const int column = i % copies * elements;
+      const unsigned short* source = row_of(row);
+      const bool inside = source != nullptr && column < head_dim;
+      ptx::copy_async<bytes>(shared + piece_offset<rows>(row, column / 8) + column % 8 * 2,
+                             inside ? source + column : somewhere_, inside);
+    }
+  }
+
+  template <int rows, typename RowOf>
+  __device__ void move(unsigned char* tile, int head_dim, int padded, const RowOf& row_of) const {
+    for (int i = thread_; i < rows * padded; i += threads) {
+      const int row = i / padded;
+      const int column = i % padded;
+      const unsigned short* source = row_of(row);
+      *reinterpret_cast<unsigned short*>(tile + piece_offset<rows>(row, column / 8) + column % 8 * 2) =
+          source != nullptr && column < head_dim ? source[column] : 0;
+    }
+  }
+
+  int thread_;
+  int copy_bytes_;
+  const void* somewhere_;
+  ptx::Mbarrier* pending_ = nullptr;
+};
+
+}  // namespace mate::cuda

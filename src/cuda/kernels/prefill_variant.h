@@ -1,0 +1,55 @@
+// What is fixed when a prefill kernel is compiled. Shared by the host, which chooses it, and device code.
+#pragma once
+
+#include "attention/problem.h"
+#include "attention/tiling.h"
+
+namespace mate::cuda {
+
+/// Columns of a chunk: tiles in shared memory are chunks of rows of 128 bytes, as the copy engine swizzles them.
+inline constexpr int chunk_columns = 64;
+inline constexpr int chunk_row_bytes = 128;
+
+/// Shared memory beside the tiles: barriers, and what the scheduler says of a tile.
+inline constexpr int other_shared_bytes = 1024;
+
+constexpr int chunks_of(int head_dim) { return (head_dim + chunk_columns - 1) / chunk_columns; }
+
+/// What is done to a product of a query and a key before it is compared with others.
+enum class Scores {
+  products,  ///< nothing
+  scaled,    ///< it is multiplied: where the call's scale is not positive
+  capped     ///< it is multiplied, and the hyperbolic tangent taken
+};
+
+struct PrefillVariant {
+  ElementType element = ElementType::bfloat16;
+  int head_dim = 0;       ///< of the keys, rounded up to a multiple of 16
+  int head_dim_v = 0;     ///< of the values, likewise
+  int warpgroups = 0;     ///< consumers, each with 64 rows of the tile
+  int block_keys = 0;     ///< keys of a block
+  int stages = 0;         ///< blocks of keys, and of values, in shared memory
+  int q_stages = 0;       ///< tiles of queries in shared memory
+  bool in_turns = false;  ///< the consumers take turns to start their products
+  Scores scores = Scores::products;
+  bool gather = false;  ///< rows are loaded one by one, whatever their alignment; else by tensor maps
+
+  constexpr int tile_rows() const { return 64 * warpgroups; }
+  constexpr Tiling tiling(int pack) const { return {tile_rows(), block_keys, pack}; }
+  constexpr int threads() const { return 128 * (warpgroups + 1); }
+  constexpr int q_bytes() const { return tile_rows() * chunks_of(head_dim) * chunk_row_bytes; }
+  constexpr int k_bytes() const { return block_keys * chunks_of(head_dim) * chunk_row_bytes; }
+  constexpr int v_bytes() const { return block_keys * chunks_of(head_dim_v) * chunk_row_bytes; }
+  constexpr int shared_bytes() const {
+    return q_stages * q_bytes() + stages * (k_bytes() + v_bytes()) + other_shared_bytes;
+  }
+  // Registers of a thread. A block starts with as many for all its threads; what the producers give up the consumers
+  // take.
+  constexpr int registers_at_start() const { return 64 * 1024 / threads() / 8 * 8; }
+  constexpr int producer_registers() const { return warpgroups == 3 ? 32 : gather ? 88 : 40; }
+  constexpr int consumer_registers() const {
+    return (registers_at_start() * (warpgroups + 1) - producer_registers()) / warpgroups / 8 * 8;
+  }
+};
+
+}  // namespace mate::cuda

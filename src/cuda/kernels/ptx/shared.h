@@ -1,0 +1,38 @@
+// Shared memory as PTX addresses it, and the barriers of warps and warpgroups.
+#pragma once
+
+namespace mate::cuda::ptx {
+
+/// The address of shared memory in its own window, as instructions take it.
+__device__ inline unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+/// Makes this thread's ordinary writes to shared memory visible to the copy engine and the matrix units.
+__device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// What the compiler knows of shared memory it has to read again: for code with few registers, which had better not
+/// hold copies.
+__device__ inline void forget_shared_memory() { asm volatile("" ::: "memory"); }
+
+/// Waits until `threads` threads have arrived at named barrier `id`, this one included.
+__device__ inline void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/// Arrives at named barrier `id` without waiting.
+__device__ inline void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/// Sets how many registers each thread of this warpgroup has: the whole warpgroup calls it.
+template <int registers>
+__device__ inline void give_up_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+}  // namespace mate::cuda::ptx

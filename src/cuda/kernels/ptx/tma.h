@@ -1,0 +1,32 @@
+// The tensor copy engine (TMA): boxes of a tensor, described by a tensor map, into shared memory.
+#pragma once
+
+#include "ptx/mbarrier.h"
+#include "tensor_map.h"
+
+namespace mate::cuda::ptx {
+
+__device__ inline void prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+/// Copies the box at these coordinates, innermost first; what lies outside the tensor arrives as zeros. `barrier`
+/// counts the bytes of the whole box.
+__device__ inline void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+__device__ inline void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, int c0, int c1, int c2, int c3,
+                                int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+      "[%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
+}  // namespace mate::cuda::ptx

@@ -1,0 +1,151 @@
+// The online softmax of the two rows of scores that a thread holds parts of.
+#pragma once
+
+#include "accumulator.h"
+#include "attention/visibility.h"
+
+namespace mate::cuda {
+
+inline constexpr float log2_of_e = 1.4426950408889634F;
+inline constexpr float ln_of_2 = 0.6931471805599453F;
+
+__device__ inline float infinity() { return __int_as_float(0x7f800000); }
+
+__device__ inline float exp2_approximately(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// tanh, to about 1e-7 of itself near 0 and of 1 elsewhere: tanh.approx is not exact enough for scores.
+__device__ inline float tanh_accurately(float x) {
+  const float square = x * x;
+  const float near_zero =
+      x + x * square * (-0.33333333F + square * (0.13333333F + square * (-0.053968254F + square * 0.021869488F)));
+  const float elsewhere = 1 - __fdividef(2, 1 + exp2_approximately(2 * log2_of_e * x));
+  // __fdividef of something infinite is NaN from 2^126 on; tanh is 1 long before.
+  return fabsf(x) < 0.25F ? near_zero : fabsf(x) > 15 ? copysignf(1, x) : x != x ? x : elsewhere;
+}
+
+/// Hides from each row the columns outside its own range.
+template <int keys>
+__device__ inline void hide_keys_from(float (&scores)[keys / 2], const KeyRange (&visible)[rows_of_thread]) {
+#pragma unroll
+  for (int i = 0; i < rows_of_thread; ++i) {
+    const int end = visible[i].end - accumulator_column();
+#pragma unroll
+    for (int j = 0; j < keys / 8; ++j) {
+      if (8 * j >= end) scores[4 * j + 2 * i] = -infinity();
+      if (8 * j + 1 >= end) scores[4 * j + 2 * i + 1] = -infinity();
+    }
+  }
+}
+template <int keys>
+__device__ inline void hide_keys_before(float (&scores)[keys / 2], const KeyRange (&visible)[rows_of_thread]) {
+#pragma unroll
+  for (int i = 0; i < rows_of_thread; ++i) {
+    const int begin = visible[i].begin - accumulator_column();
+#pragma unroll
+    for (int j = 0; j < keys / 8; ++j) {
+      if (8 * j < begin) scores[4 * j + 2 * i] = -infinity();
+      if (8 * j + 1 < begin) scores[4 * j + 2 * i + 1] = -infinity();
+    }
+  }
+}
+
+/// Weights are 2**(scale * score - scale * reference). The reference of a row follows its largest score, but only when
+/// that has grown by more than `slack` powers of two: until then weights are at most 2**slack, and what was summed
+/// before needs no rescaling. Each row decides by its own scores, so its bits do not depend on its neighbours.
+class OnlineSoftmax {
+ public:
+  /// How many powers of two a weight may exceed 1 by.
+  static constexpr float slack = 8;
+
+  __device__ explicit OnlineSoftmax(float scale) : scale_(scale) {
+#pragma unroll
+    for (int i = 0; i < rows_of_thread; ++i) {
+      reference_[i] = -infinity();
+      sum_[i] = 0;
+    }
+  }
+
+  /// Makes weights of a block's scores, and adds them up. rescale[i] is what everything summed before is to be
+  /// multiplied by. Returns whether that differs from 1 for some row of this thread.
+  template <int keys>
+  __device__ bool update(float (&scores)[keys / 2], float (&rescale)[rows_of_thread]) {
+    bool rescales = false;
+    // The second row's largest score is looked for while the first row's powers are computed. So that the assembler
+    // does not look for both first, it is made to depend on the first power, which changes nothing.
+    float before_any = -infinity();
+#pragma unroll
+    for (int i = 0; i < rows_of_thread; ++i) {
+      const float largest = quad_max(largest_of_row<keys>(scores, i, before_any));
+      const bool exceeds = (largest - reference_[i]) * scale_ > slack;
+      rescale[i] = exceeds ? exp2_approximately((reference_[i] - largest) * scale_) : 1;
+      reference_[i] = exceeds ? largest : reference_[i];
+      rescales |= exceeds;
+      const float subtrahend = reference_[i] == -infinity() ? 0 : reference_[i] * scale_;
+      float sum[2] = {sum_[i] * rescale[i], 0};
+#pragma unroll
+      for (int j = 0; j < keys / 8; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& score = scores[4 * j + 2 * i + c];
+          score = exp2_approximately(fmaf(score, scale_, -subtrahend));
+          sum[c] += score;
+        }
+      }
+      sum_[i] = sum[0] + sum[1];
+      before_any = scores[2 * i] * -infinity();  // -inf, or NaN: neither is a maximum
+    }
+    return rescales;
+  }
+
+  /// Ends the sums. `sink` is its natural logarithm, -inf where there is none. Gives the log-sum-exp of row i and what
+  /// its weighted values are to be multiplied by.
+  __device__ float finish(int i, float sink, float& share) const {
+    const float sum = quad_sum(sum_[i]);
+    const float reference = reference_[i] == -infinity() ? 0 : reference_[i] * scale_;
+    share = sum == 0 ? 0 : 1 / sum;
+    if (sum == 0) return sink;
+    const float lse = (reference + log2f(sum)) * ln_of_2;
+    if (sink == -infinity()) return lse;
+    if (sink == infinity() && lse < infinity()) {
+      share = 0;
+      return sink;
+    }
+    const float larger = fmaxf(lse, sink);
+    const float with_sink = larger + logf(expf(lse - larger) + expf(sink - larger));
+    share *= expf(lse - with_sink);
+    return with_sink;
+  }
+
+ private:
+  /// The largest of `start` and those scores of row i that this thread holds.
+  template <int keys>
+  __device__ static float largest_of_row(const float (&scores)[keys / 2], int i, float start) {
+    float largest[2] = {fmaxf(scores[2 * i], start), fmaxf(scores[2 * i + 1], start)};
+#pragma unroll
+    for (int j = 1; j < keys / 8; ++j) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) largest[c] = fmaxf(largest[c], scores[4 * j + 2 * i + c]);
+    }
+    return fmaxf(largest[0], largest[1]);
+  }
+
+  float scale_;
+  float reference_[rows_of_thread];
+  float sum_[rows_of_thread];
+};
+
+/// Multiplies the rows of an accumulator.
+template <int columns>
+__device__ inline void scale_rows(float (&values)[columns / 2], const float (&factor)[rows_of_thread]) {
+#pragma unroll
+  for (int j = 0; j < columns / 8; ++j) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) values[4 * j + c] *= factor[c / 2];
+  }
+}
+
+}  // namespace mate::cuda

@@ -1,0 +1,148 @@
+// Hands out the tiles of a call: each block of threads begins with the tile of its own number and then takes the next
+// one that nobody has taken, so that blocks which had little to do do more.
+#pragma once
+
+#include "prefill_arguments.h"
+#include "prefill_variant.h"
+#include "ptx/shared.h"
+
+namespace mate::cuda {
+
+/// A tile of query rows and the keys it needs.
+struct TileWork {
+  int sequence = -1;  ///< of the batch; negative: there are no more tiles
+  int unit = 0;       ///< `pack` query heads
+  int tile = 0;
+  int first_query = 0;  ///< query row of the sequence that the tile begins with,
+  int first_head = 0;   ///< and which of the unit's heads
+  int capacity = 0;     ///< rows of out that belong to the sequence,
+  int used = 0;         ///< and how many of them are computed: the rest is cleared
+  Sequence place;
+  KeyRange seen;         ///< keys that some row of the sequence sees
+  KeyRange seen_by_all;  ///< keys that every row of the tile sees
+  BlockRange blocks;     ///< of keys that some row of the tile sees
+};
+
+/// Used by all lanes of one warp together.
+template <PrefillVariant variant>
+class TileScheduler {
+ public:
+  __device__ explicit TileScheduler(const PrefillArguments& arguments) : a_(arguments) {}
+
+  /// Writes the next tile to `work`. Returns whether there was one.
+  __device__ bool next(TileWork& work) {
+    const bool first = index_ < 0;
+    index_ = first ? blockIdx.x : take();
+    const int sequence = find_sequence();
+    if (threadIdx.x % 32 == 0) {
+      work.sequence = sequence;
+      if (sequence >= 0) {
+        describe(work);
+      } else if (!first && index_ - static_cast<int>(gridDim.x) == tiles_before_ - 1) {
+        // As many are taken as there are tiles, since each is followed by a question for another: this was the last.
+        *a_.tiles_taken = 0;
+      }
+    }
+    return sequence >= 0;
+  }
+
+ private:
+  __device__ const Problem& problem() const { return a_.problem; }
+
+  __device__ Tiling tiling() const { return variant.tiling(a_.pack); }
+
+  __device__ int units() const { return problem().heads_q / a_.pack; }
+
+  __device__ int tiles_of_sequence(int b) const {
+    return tiles_of(tiling(), query_capacity(problem().queries, b)) * units();
+  }
+
+  /// The sequence of tile index_, whose place in it becomes index_in_sequence_; -1 where there are no more.
+  __device__ int find_sequence() {
+    const int lane = threadIdx.x % 32;
+    if (!problem().ragged_queries()) {
+      const int tiles = tiles_of_sequence(0);
+      tiles_before_ = tiles * problem().batch;
+      if (index_ >= tiles_before_) return -1;
+      index_in_sequence_ = index_ % tiles;
+      return index_ / tiles;
+    }
+    // 32 sequences at a time: tiles are handed out in ascending order, so that the search goes on where it stopped.
+    for (; first_sequence_ < problem().batch; first_sequence_ += 32) {
+      const int b = first_sequence_ + lane;
+      const int tiles = b < problem().batch ? tiles_of_sequence(b) : 0;
+      int end = tiles;
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = __shfl_up_sync(~0U, end, distance);
+        if (lane >= distance) end += other;
+      }
+      end += tiles_before_;
+      const unsigned beyond = __ballot_sync(~0U, end > index_);
+      if (beyond != 0) {
+        const int found = __ffs(beyond) - 1;
+        index_in_sequence_ = index_ - __shfl_sync(~0U, end - tiles, found);
+        return first_sequence_ + found;
+      }
+      tiles_before_ = __shfl_sync(~0U, end, 31);
+    }
+    return -1;
+  }
+
+  __device__ int take() const {
+    int taken = 0;
+    if (threadIdx.x % 32 == 0) taken = static_cast<int>(gridDim.x) + atomicAdd(a_.tiles_taken, 1);
+    return __shfl_sync(~0U, taken, 0);
+  }
+
+  __device__ void describe(TileWork& work) const {
+    const Problem& p = problem();
+    work.place = p.sequence(work.sequence);
+    work.capacity = query_capacity(p.queries, work.sequence);
+    work.used = work.place.lengths.sq < p.max_seqlen_q ? work.place.lengths.sq : p.max_seqlen_q;
+    ptx::forget_shared_memory();
+    choose_tile(work);
+    ptx::forget_shared_memory();
+    find_keys(work);
+  }
+
+  /// Key heads come in sections whose keys fit the L2 cache together, and in each section the tiles with the most keys
+  /// first: short ones fill the gaps at the end.
+  __device__ void choose_tile(TileWork& work) const {
+    const int heads = problem().heads_k;
+    const int sk = work.place.lengths.sk;
+    const int heads_in_l2 = clamp(a_.keys_in_l2 / (sk > 0 ? sk : 1), 1, heads);
+    const int sections = (heads + heads_in_l2 - 1) / heads_in_l2;
+    const int tiles = tiles_of(tiling(), work.capacity);
+    const int units_of_head = units() / heads;
+    // Section i has key heads i * heads / sections onward.
+    const int section = ((index_in_sequence_ / (tiles * units_of_head) + 1) * sections - 1) / heads;
+    const int first_head = section * heads / sections;
+    const int width = ((section + 1) * heads / sections - first_head) * units_of_head;
+    const int index = index_in_sequence_ - first_head * units_of_head * tiles;
+    work.unit = first_head * units_of_head + index % width;
+    work.tile = tiles - 1 - index / width;
+  }
+
+  __device__ void find_keys(TileWork& work) const {
+    const Mask& mask = problem().mask;
+    const TileRows rows = rows_of_tile(tiling(), work.used, work.tile);
+    work.first_query = static_cast<int>(rows.first / a_.pack);
+    work.first_head = static_cast<int>(rows.first % a_.pack);
+    const bool computes = rows.count() > 0;
+    work.seen = computes ? keys_of_some_row(mask, work.place.lengths, 0, work.used - 1) : KeyRange{};
+    ptx::forget_shared_memory();
+    const int last_query = static_cast<int>(rows.last / a_.pack);
+    work.seen_by_all =
+        computes ? keys_of_every_row(mask, work.place.lengths, work.first_query, last_query) : KeyRange{};
+    ptx::forget_shared_memory();
+    work.blocks = computes ? blocks_of_rows(tiling(), mask, work.place.lengths, rows) : BlockRange{};
+  }
+
+  const PrefillArguments& a_;
+  int index_ = -1;
+  int first_sequence_ = 0;
+  int tiles_before_ = 0;  ///< of all sequences before first_sequence_; at the end, of all
+  int index_in_sequence_ = 0;
+};
+
+}  // namespace mate::cuda

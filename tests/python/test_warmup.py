@@ -1,0 +1,96 @@
+"""Compiling GPU kernels ahead: needs the compiler, no GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+HEAD_DIM = 16
+
+
+@pytest.fixture
+def cache(mate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of compiled kernels, which is not there yet."""
+    monkeypatch.setenv("MATE_CACHE_DIR", str(tmp_path / "probe"))
+    try:
+        mate._library.compile_kernel("probe", 'extern "C" __global__ void probe() {}')
+    except RuntimeError as reason:
+        if "pip install" not in str(reason):
+            raise
+        pytest.skip(str(reason))
+    monkeypatch.setenv("MATE_CACHE_DIR", str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+@pytest.fixture
+def three_tiny_kernels(mate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of the library's kernels, which take longer to compile."""
+
+    def kernel_sources(head_dim: int, head_dim_v: int, dtype: torch.dtype, softcap: bool) -> list[tuple[str, str]]:
+        kind = f"{head_dim}_{head_dim_v}_{str(dtype).removeprefix('torch.')}_{softcap}"
+        names = [f"tiny_{kind}_{i}" for i in range(3)]
+        return [(name, f'extern "C" __global__ void {name}() {{}}') for name in names]
+
+    monkeypatch.setattr(mate._library, "kernel_sources", kernel_sources)
+
+
+@pytest.mark.usefixtures("three_tiny_kernels")
+def test_kernels_are_compiled_once(mate: ModuleType, cache: Path) -> None:
+    assert mate.warmup(HEAD_DIM) == 3
+    assert len(list(cache.iterdir())) == 3
+    assert mate.warmup(HEAD_DIM) == 0
+
+
+@pytest.mark.usefixtures("three_tiny_kernels")
+def test_kernels_follow_from_the_arguments(mate: ModuleType, cache: Path) -> None:
+    assert mate.warmup(HEAD_DIM) == 3
+    assert mate.warmup(HEAD_DIM, HEAD_DIM) == 0
+    assert mate.warmup(HEAD_DIM, 2 * HEAD_DIM) == 3
+    assert mate.warmup(HEAD_DIM, dtypes=(torch.bfloat16, torch.float16)) == 3
+    assert mate.warmup(HEAD_DIM, softcap=True) == 3
+
+
+@pytest.mark.usefixtures("three_tiny_kernels")
+def test_progress_is_shown_on_stderr(mate: ModuleType, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    mate.warmup(HEAD_DIM, jobs=1)
+    shown = capfd.readouterr()
+    assert "1/3" in shown.err
+    assert shown.err.endswith("3/3\n")
+    assert shown.out == ""
+    mate.warmup(HEAD_DIM, progress=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_warmup_on_the_command_line(cache: Path) -> None:
+    command = [sys.executable, "-m", "mate", "warmup", "--head-dim", str(HEAD_DIM), "--dtype", "bfloat16"]
+    first, second = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert first == f"{len(list(cache.iterdir()))} kernels compiled\n"
+    assert second == "0 kernels compiled\n"
+
+
+def test_wrong_arguments_are_refused(mate: ModuleType, cache: Path) -> None:
+    with pytest.raises(TypeError, match="dtype must be bfloat16 or float16, got float32"):
+        mate.warmup(HEAD_DIM, dtypes=(torch.float32,))
+    for head_dim in (0, 513):
+        with pytest.raises(ValueError, match=f"head_dim must be from 1 to 512, got {head_dim}"):
+            mate.warmup(head_dim)
+        with pytest.raises(ValueError, match=f"head_dim_v must be from 1 to 512, got {head_dim}"):
+            mate.warmup(HEAD_DIM, head_dim)
+    assert not cache.exists()
+
+
+@pytest.mark.usefixtures("three_tiny_kernels")
+def test_a_folder_that_others_may_write_to_is_refused(mate: ModuleType, cache: Path) -> None:
+    cache.mkdir()
+    cache.chmod(0o777)
+    with pytest.raises(ValueError, match="MATE_CACHE_DIR"):
+        mate.warmup(HEAD_DIM)
+    assert not list(cache.iterdir())
+
+
+def test_a_source_that_does_not_compile_is_a_runtime_error(mate: ModuleType, cache: Path) -> None:
+    with pytest.raises(RuntimeError, match="no_such_type"):
+        mate._library.compile_kernel("wrong", "no_such_type x;")
