@@ -47,26 +47,24 @@ constexpr TileRows rows_of_tile(const Tiling& tiling, int sq, int tile) {
   return {first, (end < rows ? end : rows) - 1};
 }
 
-/// The keys that some of these packed rows sees.
-constexpr KeyRange keys_of_rows(const Tiling& tiling, const Mask& mask, const Lengths& lengths, TileRows rows) {
-  return keys_of_some_row(mask, lengths, static_cast<int>(rows.first / tiling.pack),
-                          static_cast<int>(rows.last / tiling.pack));
-}
+/// The query row that a packed row belongs to.
+constexpr int query_of_row(const Tiling& tiling, long long row) { return static_cast<int>(row / tiling.pack); }
 
 /// The keys that some row of a tile sees.
 constexpr KeyRange keys_of_tile(const Tiling& tiling, const Mask& mask, const Lengths& lengths, int tile) {
-  return keys_of_rows(tiling, mask, lengths, rows_of_tile(tiling, lengths.sq, tile));
+  const TileRows rows = rows_of_tile(tiling, lengths.sq, tile);
+  return keys_of_some_row(mask, lengths, query_of_row(tiling, rows.first), query_of_row(tiling, rows.last));
 }
 
-/// The blocks that hold those keys: no other block is read.
-constexpr BlockRange blocks_of_rows(const Tiling& tiling, const Mask& mask, const Lengths& lengths, TileRows rows) {
-  const KeyRange keys = keys_of_rows(tiling, mask, lengths, rows);
+/// The blocks that hold these keys.
+constexpr BlockRange blocks_of_keys(const Tiling& tiling, KeyRange keys) {
   if (keys.empty()) return {};
   return {keys.begin / tiling.block_keys, static_cast<int>(divide_up(keys.end, tiling.block_keys))};
 }
 
+/// The blocks of keys that some row of a tile sees: no other block is read.
 constexpr BlockRange blocks_of_tile(const Tiling& tiling, const Mask& mask, const Lengths& lengths, int tile) {
-  return blocks_of_rows(tiling, mask, lengths, rows_of_tile(tiling, lengths.sq, tile));
+  return blocks_of_keys(tiling, keys_of_tile(tiling, mask, lengths, tile));
 }
 
 /// Split `split` of `splits` equal parts of a tile's blocks; some are empty where there are fewer blocks.

@@ -26,13 +26,16 @@ constexpr int most_block_keys = 176;
 
 constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 
-/// Whether rows end before the last key, so that a block of keys on the diagonal is seen in part.
-bool is_bounded(const Mask& mask) { return mask.right >= 0 || mask.chunk > 0; }
+/// Blocks as wide as a tile is high leave one of them on the diagonal, and less to do in vain where keys are few.
+/// Wider ones are faster elsewhere.
+bool wants_narrow_blocks(const Problem& p) {
+  constexpr int few_keys = 1024;
+  if (p.mask.right >= 0 || p.mask.chunk > 0) return true;
+  return !p.batch_invariant && std::min(p.max_seqlen_k, p.keys.rows) <= few_keys;
+}
 
-/// The largest tiles that registers and shared memory hold. They follow from head sizes, type and mask alone, so that
-/// a row's bits do not depend on the batch.
-PrefillVariant choose_variant(int head_dim, int head_dim_v, ElementType type, Scores scores, bool bounded,
-                              bool gather) {
+/// The largest tiles that registers and shared memory hold.
+PrefillVariant choose_variant(int head_dim, int head_dim_v, ElementType type, Scores scores, bool narrow, bool gather) {
   PrefillVariant variant;
   variant.element = type;
   variant.head_dim = round_up(head_dim, 16);
@@ -41,17 +44,17 @@ PrefillVariant choose_variant(int head_dim, int head_dim_v, ElementType type, Sc
   variant.gather = gather;
   const int larger = std::max(variant.head_dim, variant.head_dim_v);
   variant.warpgroups = larger <= 64 && !gather ? 3 : 2;
-  variant.in_turns = larger <= 128;
   variant.stages = 2;
   variant.q_stages = 1;
   // A thread keeps sums, scores and weights, and needs some registers besides, more where scores are capped.
-  const int registers = variant.consumer_registers() - (variant.warpgroups == 3 ? 32 : 36) -
-                        (scores == Scores::capped ? 12 : 0) - variant.head_dim_v / 2;
+  int other_registers = variant.warpgroups == 3 ? 32 : 36;
+  if (scores == Scores::capped) other_registers += gather ? 32 : 20;
+  const int registers = variant.consumer_registers() - other_registers - variant.head_dim_v / 2;
   const int row_bytes = (chunks_of(variant.head_dim) + chunks_of(variant.head_dim_v)) * chunk_row_bytes;
   const int by_registers = registers * 4 / 3;
   const int by_memory = (tile_bytes - variant.q_bytes()) / (variant.stages * row_bytes);
-  // Blocks as long as a tile is wide leave one of them on the diagonal.
-  const int most = bounded || gather ? 128 : most_block_keys;
+  const bool capped = scores == Scores::capped;
+  const int most = capped && variant.warpgroups == 3 ? 96 : capped || narrow || gather ? 128 : most_block_keys;
   variant.block_keys = std::min({by_registers, by_memory, most}) / 16 * 16;
   const int bytes = variant.stages * (variant.k_bytes() + variant.v_bytes());
   if (bytes + 2 * variant.q_bytes() <= tile_bytes) variant.q_stages = 2;
@@ -69,7 +72,6 @@ std::uint64_t key_of(const PrefillVariant& v) {
   append(v.block_keys, 9);
   append(v.stages, 3);
   append(v.q_stages, 3);
-  append(v.in_turns, 1);
   append(static_cast<int>(v.scores), 2);
   append(v.gather, 1);
   return key;
@@ -95,15 +97,15 @@ KernelSource source_of(const PrefillVariant& v) {
   source.name =
       join("prefill_", name_of(v.element), "_d", v.head_dim, "_v", v.head_dim_v, "_rows", v.tile_rows(), "_keys",
            v.block_keys, v.scores == Scores::products ? "" : join("_", name_of(v.scores)), v.gather ? "_gather" : "");
-  source.text = join(
-      "#include \"prefill.h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n", source.name,
-      "(const __grid_constant__ mate::cuda::PrefillArguments arguments) {\n",
-      "  constexpr mate::cuda::PrefillVariant variant{\n", "      .element = mate::ElementType::", name_of(v.element),
-      ",\n", "      .head_dim = ", v.head_dim, ",\n", "      .head_dim_v = ", v.head_dim_v, ",\n",
-      "      .warpgroups = ", v.warpgroups, ",\n", "      .block_keys = ", v.block_keys, ",\n",
-      "      .stages = ", v.stages, ",\n", "      .q_stages = ", v.q_stages, ",\n",
-      "      .in_turns = ", flag(v.in_turns), ",\n", "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n",
-      "      .gather = ", flag(v.gather), "};\n", "  mate::cuda::prefill<variant>(arguments);\n}\n");
+  source.text =
+      join("#include \"prefill.h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
+           source.name, "(const __grid_constant__ mate::cuda::PrefillArguments arguments) {\n",
+           "  constexpr mate::cuda::PrefillVariant variant{\n",
+           "      .element = mate::ElementType::", name_of(v.element), ",\n", "      .head_dim = ", v.head_dim, ",\n",
+           "      .head_dim_v = ", v.head_dim_v, ",\n", "      .warpgroups = ", v.warpgroups, ",\n",
+           "      .block_keys = ", v.block_keys, ",\n", "      .stages = ", v.stages, ",\n",
+           "      .q_stages = ", v.q_stages, ",\n", "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n",
+           "      .gather = ", flag(v.gather), "};\n", "  mate::cuda::prefill<variant>(arguments);\n}\n");
   source.shared_bytes = v.shared_bytes();
   return source;
 }
@@ -193,6 +195,7 @@ int choose_pack(const Problem& p, const PrefillVariant& variant) {
   const int group = p.group();
   if (p.pack_gqa == 0 || group <= 1) return 1;
   if (!variant.gather && variant.tile_rows() % group != 0) return 1;
+  if (std::int64_t{p.queries.rows} * group > max_length) return 1;
   const int rows = p.ragged_queries() ? std::min(p.max_seqlen_q, p.queries.rows) : p.queries.rows;
   const std::int64_t apart = std::int64_t{group} * tiles_of(variant.tiling(1), rows);
   return p.pack_gqa == 1 || tiles_of(variant.tiling(group), rows) < apart ? group : 1;
@@ -247,7 +250,7 @@ void forward(const Problem& p, int device_id, void* stream) {
   inputs.add(p.k, p.keys.slots, p.keys.rows, p.heads_k);
   inputs.add(p.v, p.keys.slots, p.keys.rows, p.heads_k);
   const auto choose = [&](bool gather) {
-    return choose_variant(p.head_dim, p.head_dim_v, p.q.type, scores_of(p), is_bounded(p.mask), gather);
+    return choose_variant(p.head_dim, p.head_dim_v, p.q.type, scores_of(p), wants_narrow_blocks(p), gather);
   };
   PrefillVariant variant = choose(inputs.bytes() < 16);
   arguments.pack = choose_pack(p, variant);
@@ -262,6 +265,7 @@ void forward(const Problem& p, int device_id, void* stream) {
   results.add(p.out, p.query_slots(), p.queries.rows, p.heads_q);
   results.add(p.head_dim_v * element_bytes);
   arguments.wide_rows = results.bytes() == 16;
+  arguments.heads_reciprocal = 1.0F / static_cast<float>(arguments.pack);
   set_scales(p, arguments);
   arguments.keys_in_l2 = gpu.l2_bytes / 2 / ((p.head_dim + p.head_dim_v) * element_bytes);
 
@@ -281,9 +285,9 @@ void forward(const Problem& p, int device_id, void* stream) {
 std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType type, bool softcap) {
   std::vector<KernelSource> sources;
   for (const bool gather : {false, true}) {
-    for (const bool bounded : {true, false}) {
+    for (const bool narrow : {true, false}) {
       const PrefillVariant variant =
-          choose_variant(head_dim, head_dim_v, type, softcap ? Scores::capped : Scores::products, bounded, gather);
+          choose_variant(head_dim, head_dim_v, type, softcap ? Scores::capped : Scores::products, narrow, gather);
       const KernelSource source = source_of(variant);
       if (sources.empty() || sources.back().name != source.name) sources.push_back(source);
     }

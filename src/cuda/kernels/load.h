@@ -36,31 +36,31 @@ __device__ inline void clear_rows(unsigned char* tile, int head_dim, int begin, 
   }
 }
 
-/// Fetches tiles row by row, by `threads` threads together, whatever the alignment of rows. Copies run on
-/// while the next tile is asked for; a tile's barrier is told when that has happened, or by flush().
-template <int threads>
+/// Fetches tiles row by row, by `warps` warps together, whatever the alignment of rows. Copies run on while the next
+/// tile is asked for; a tile's barrier is told when that has happened, or by flush().
+template <int warps>
 class GatherLoader {
  public:
   /// Rows are copied in pieces of `copy_bytes`; `somewhere` is any global memory: a copy of zeros needs an address too.
   __device__ GatherLoader(int thread, int copy_bytes, const void* somewhere)
-      : thread_(thread), copy_bytes_(copy_bytes), somewhere_(somewhere) {}
+      : warp_(thread / 32), lane_(thread % 32), copy_bytes_(copy_bytes), somewhere_(somewhere) {}
 
   /// row_of(r) is where row r of the tile begins, or null for a row of zeros. Elements past `head_dim` become zeros, up
   /// to `padded`.
-  template <int rows, typename RowOf>
-  __device__ void load(unsigned char* tile, int head_dim, int padded, ptx::Mbarrier& barrier, const RowOf& row_of) {
+  template <int rows, int padded, typename RowOf>
+  __device__ void load(unsigned char* tile, int head_dim, ptx::Mbarrier& barrier, const RowOf& row_of) {
     switch (copy_bytes_) {
       case 16:
-        copy<rows, 16>(tile, head_dim, padded, row_of);
+        copy<rows, padded, 16>(tile, head_dim, row_of);
         break;
       case 8:
-        copy<rows, 8>(tile, head_dim, padded, row_of);
+        copy<rows, padded, 8>(tile, head_dim, row_of);
         break;
       case 4:
-        copy<rows, 4>(tile, head_dim, padded, row_of);
+        copy<rows, padded, 4>(tile, head_dim, row_of);
         break;
       default:
-        move<rows>(tile, head_dim, padded, row_of);
+        copy<rows, padded, 2>(tile, head_dim, row_of);
     }
     ptx::commit_copies();
     ptx::wait_copies<1>();
@@ -81,33 +81,35 @@ class GatherLoader {
     pending_->arrive();
   }
 
-  template <int rows, int bytes, typename RowOf>
-  __device__ void copy(unsigned char* tile, int head_dim, int padded, const RowOf& row_of) const {
+  /// The lanes of a warp share a row, or several where they are short.
+  template <int rows, int padded, int bytes, typename RowOf>
+  __device__ void copy(unsigned char* tile, int head_dim, const RowOf& row_of) const {
     constexpr int elements = bytes / 2;
-    const int copies = padded / elements;
-    const unsigned shared = ptx::shared_address(tile);
-    for (int i = thread_; i < rows * copies; i += threads) {
-      const int row = i / copies;
-      const int column = i % copies * elements;
+    constexpr int pieces = padded / elements;
+    constexpr int rows_at_once = pieces < 32 ? 32 / pieces : 1;
+    // What follows from it would otherwise be kept in registers from tile to tile, for each size of copies.
+    const int lane = ptx::known_only_here(lane_);
+    if (lane / pieces >= rows_at_once) return;
+#pragma unroll 1
+    for (int row = warp_ * rows_at_once + lane / pieces; row < rows; row += warps * rows_at_once) {
       const unsigned short* source = row_of(row);
-      const bool inside = source != nullptr && column < head_dim;
-      ptx::copy_async<bytes>(shared + piece_offset<rows>(row, column / 8) + column % 8 * 2,
-                             inside ? source + column : somewhere_, inside);
+#pragma unroll
+      for (int first = 0; first < pieces; first += 32) {
+        const int column = (first + lane % pieces) * elements;
+        if (column >= padded) break;
+        unsigned char* const target = tile + piece_offset<rows>(row, column / 8) + column % 8 * 2;
+        const bool inside = source != nullptr && column < head_dim;
+        if constexpr (bytes == 2) {
+          *reinterpret_cast<unsigned short*>(target) = inside ? source[column] : 0;
+        } else {
+          ptx::copy_async<bytes>(ptx::shared_address(target), inside ? source + column : somewhere_, inside);
+        }
+      }
     }
   }
 
-  template <int rows, typename RowOf>
-  __device__ void move(unsigned char* tile, int head_dim, int padded, const RowOf& row_of) const {
-    for (int i = thread_; i < rows * padded; i += threads) {
-      const int row = i / padded;
-      const int column = i % padded;
-      const unsigned short* source = row_of(row);
-      *reinterpret_cast<unsigned short*>(tile + piece_offset<rows>(row, column / 8) + column % 8 * 2) =
-          source != nullptr && column < head_dim ? source[column] : 0;
-    }
-  }
-
-  int thread_;
+  int warp_;
+  int lane_;
   int copy_bytes_;
   const void* somewhere_;
   ptx::Mbarrier* pending_ = nullptr;

@@ -5,20 +5,20 @@
 //
 // | who                               | does                                                 | waits for  | tells | |
 // --------------------------------- | ---------------------------------------------------- | ---------- | ---------- |
-// | warp 0: scheduler                 | takes a tile, finds its sequence and keys            | work.empty | work.full |
-// | warp 1: loader, one lane issuing  | fetches the tile's queries                           | q.empty    | q.full | |
-// copies (warps 1 to 3, all lanes,  | fetches a block of keys, the last block first        | k.empty    | k.full     |
-// | where rows are gathered)          | fetches a block of values                            | v.empty    | v.full | |
-// each consumer                     | starts scores = queries x keys of the next block     | k.full     |            |
-// |                                   | starts sums += weights x values of this block        | v.full     | | | | makes
-// weights of the scores while the values' run on |            | k.empty    | |                                   |
-// rescales the sums where a row's maximum has grown    |            | v.empty    | | | after the last block stores sums
-// and log-sum-exp     |            | q.empty    |
+// | warp 0: scheduler                 | takes a tile when the one before is begun, and finds | work.empty | work.full |
+// |                                   | its sequence and keys                                | begun      | | | warp 1:
+// loader, one lane issuing  | fetches a block of keys, the last block first        | k.empty    | k.full     | | copies
+// (warps 1 to 3, all lanes,  | fetches the tile's queries                           | q.empty    | q.full     | | where
+// rows are gathered)          | fetches a block of values                            | v.empty    | v.full     | | each
+// consumer, in turns:          | starts scores = queries x keys of the next block     | k.full     |            | | |
+// and sums += weights x values of this one             | v.full     |            | | then on its own: | makes weights
+// of the scores while the values' run on |            | k.empty    | |                                   | rescales the
+// sums where a row's maximum has grown    |            | v.empty    | |                                   | after the
+// last block stores sums and log-sum-exp     |            | q.empty    |
 //
-// So the matrix units work while weights are made. Where consumers go `in_turns`, each starts both products only when
-// the one before it has started its own: they stay a step apart, and one makes weights while another multiplies.
-// Registers move from the producer to the consumers (setmaxnreg): a consumer holds its 64 rows of scores, weights and
-// sums in them.
+// So the matrix units work while weights are made: a consumer starts both products only when the one before it has
+// started its own, so that they stay a step apart, and one makes weights while another multiplies. Registers move from
+// the producers to the consumers (setmaxnreg): a consumer holds its 64 rows of scores, weights and sums in them.
 #pragma once
 
 #include "load.h"
@@ -49,8 +49,13 @@ class RingPlace {
   __device__ int stage() const { return static_cast<int>(count_ % stages); }
   __device__ unsigned parity() const { return count_ / stages % 2; }
   __device__ void advance() { ++count_; }
+  __device__ RingPlace before(int count) const { return RingPlace(count_ - count); }
+
+  RingPlace() = default;
 
  private:
+  __device__ explicit RingPlace(unsigned count) : count_(count) {}
+
   unsigned count_ = 0;
 };
 
@@ -61,16 +66,18 @@ struct alignas(1024) TileBuffer {
 
 template <PrefillVariant variant>
 struct PrefillShared {
-  static constexpr int work_stages = 2;
+  static constexpr int work_stages = 4;
   static constexpr int loader_warps = variant.gather ? 3 : 1;
 
   TileBuffer<variant.q_bytes()> q_tiles[variant.q_stages];
   TileBuffer<variant.k_bytes()> k_tiles[variant.stages];
   TileBuffer<variant.v_bytes()> v_tiles[variant.stages];
   TileWork works[work_stages];
+  KeyRange visible[variant.tile_rows()];  ///< to each row of the consumers' tiles, where some of their keys are hidden
   RingBarriers<variant.q_stages> q;
   RingBarriers<variant.stages> k, v;
   RingBarriers<work_stages> work;
+  ptx::Mbarrier begun;      ///< a tile: the next may be taken
   ptx::Mbarrier v_fetched;  ///< of a block of values that the loader changes before consumers may have it
 
   __device__ void init() {
@@ -80,6 +87,7 @@ struct PrefillShared {
     k.init(producers, consumer_warps);
     v.init(producers, consumer_warps);
     work.init(1, loader_warps + consumer_warps);
+    begun.init(1);
     v_fetched.init(1);
     ptx::fence_mbarrier_init();
   }
@@ -103,7 +111,11 @@ __device__ inline void release(ptx::Mbarrier& empty) {
 template <PrefillVariant variant>
 __device__ void schedule(const PrefillArguments& a, PrefillShared<variant>& shared) {
   TileScheduler<variant> scheduler(a);
+  unsigned begun_parity = 1;
   for (RingPlace<PrefillShared<variant>::work_stages> place;; place.advance()) {
+    // Not more than one tile is taken ahead of its turn: others may have nothing to do by then.
+    shared.begun.wait(begun_parity);
+    begun_parity ^= 1;
     shared.work.empty[place.stage()].wait(place.parity() ^ 1);
     const bool found = scheduler.next(shared.works[place.stage()]);
     if (first_lane()) shared.work.full[place.stage()].arrive();
@@ -127,9 +139,16 @@ class PrefillLoader {
       release(shared_.work.empty[work_.stage()]);
     }
     if constexpr (variant.gather) gather_.flush();
+    announce_no_more();
   }
 
  private:
+  /// Consumers that are done with a block wait for the keys of the next, be there one or not.
+  __device__ void announce_no_more() {
+    shared_.k.empty[k_.stage()].wait(k_.parity() ^ 1);
+    if (variant.gather || first_lane()) shared_.k.full[k_.stage()].arrive();
+  }
+
   using Bits = unsigned short;
 
   /// What the loads of a tile's blocks have in common. Loading a block takes few instructions: consumers wait for each.
@@ -155,11 +174,11 @@ class PrefillLoader {
   }
 
   __device__ void load(const TileWork& work) {
-    load_q(work);
     const Blocks blocks = blocks_of(work);
     const int begin = work.blocks.begin;
     int n = work.blocks.end - 1;
     load_k(work, blocks, n);
+    load_q(work);
     for (; n > begin; --n) {
       load_k(work, blocks, n - 1);
       load_v(work, blocks, n);
@@ -178,7 +197,7 @@ class PrefillLoader {
     if constexpr (variant.gather) {
       const int pack = a_.pack;
       const TileRows rows = rows_of_tile(variant.tiling(pack), work.used, work.tile);
-      gather_.template load<variant.tile_rows()>(tile, p.head_dim, variant.head_dim, full, [&](int row) -> const Bits* {
+      gather_.template load<variant.tile_rows(), variant.head_dim>(tile, p.head_dim, full, [&](int row) -> const Bits* {
         const long long packed = rows.first + row;
         if (packed > rows.last) return nullptr;
         return row_of(p.q, slot, work.place.first_q + packed / pack, work.unit * pack + packed % pack);
@@ -196,7 +215,7 @@ class PrefillLoader {
     unsigned char* const tile = shared_.k_tiles[k_.stage()].rows;
     ptx::Mbarrier& full = shared_.k.full[k_.stage()];
     if constexpr (variant.gather) {
-      gather_block(work, blocks, n, a_.problem.k, a_.problem.head_dim, variant.head_dim, tile, full);
+      gather_block<variant.head_dim>(work, blocks, n, a_.problem.k, a_.problem.head_dim, tile, full);
     } else if (first_lane()) {
       full.arrive_expecting(variant.k_bytes());
       load_tile<variant.block_keys>(tile, variant.head_dim, a_.k, full, blocks.head,
@@ -210,7 +229,7 @@ class PrefillLoader {
     unsigned char* const tile = shared_.v_tiles[v_.stage()].rows;
     ptx::Mbarrier& full = shared_.v.full[v_.stage()];
     if constexpr (variant.gather) {
-      gather_block(work, blocks, n, a_.problem.v, a_.problem.head_dim_v, variant.head_dim_v, tile, full);
+      gather_block<variant.head_dim_v>(work, blocks, n, a_.problem.v, a_.problem.head_dim_v, tile, full);
     } else {
       const bool clears = n == blocks.clear_low || n == blocks.clear_high;
       ptx::Mbarrier& fetched = clears ? shared_.v_fetched : full;
@@ -238,9 +257,10 @@ class PrefillLoader {
     if (first_lane()) full.arrive();
   }
 
+  template <int padded>
   __device__ void gather_block(const TileWork& work, const Blocks& blocks, int n, const Rows& rows, int head_dim,
-                               int padded, unsigned char* tile, ptx::Mbarrier& full) {
-    gather_.template load<variant.block_keys>(tile, head_dim, padded, full, [&](int row) -> const Bits* {
+                               unsigned char* tile, ptx::Mbarrier& full) {
+    gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int row) -> const Bits* {
       const int key = n * variant.block_keys + row;
       if (key < work.seen.begin || key >= work.seen.end) return nullptr;
       const Location place = locate_key(a_.problem.keys, work.place, key);
@@ -255,7 +275,7 @@ class PrefillLoader {
 
   const PrefillArguments& a_;
   PrefillShared<variant>& shared_;
-  GatherLoader<96> gather_;
+  GatherLoader<3> gather_;
   RingPlace<PrefillShared<variant>::work_stages> work_;
   RingPlace<variant.q_stages> q_;
   RingPlace<variant.stages> k_, v_;
@@ -276,11 +296,10 @@ class PrefillConsumer {
   /// The blocks of all tiles are one sequence: while the values of a tile's last block are multiplied, weights are made
   /// of the first block of the next.
   __device__ void run() {
-    if (variant.in_turns && group_ == variant.warpgroups - 1) pass_turn();
-    int tile = next_tile();
-    if (tile < 0) return;
-    begin_tile(tile);
-    int n = blocks_.end - 1;
+    if (group_ == variant.warpgroups - 1) pass_turn();
+    TilePlace tile;
+    if (!find_tile(tile)) return;
+    int n = work_of(tile).blocks.end - 1;
     float sums[variant.head_dim_v / 2] = {};
     float scores[keys / 2];
     unsigned weights[keys / 4];
@@ -293,49 +312,50 @@ class PrefillConsumer {
     ptx::wgmma_wait<0>();
     ptx::hold(scores);
     release_keys();
-    if (n == blocks_.begin) release_queries();
+    release_queries_at(tile, n);
     modify_scores(scores);
-    hide_keys(scores, mask_block(tile, n));
+    hide_keys(scores, tile, n);
     softmax.template update<keys>(scores, rescale);
     round_weights(scores, weights);
 
     for (;;) {
-      const auto next_is_plain = [&] { return n > whole_.begin && n <= whole_.end; };
-      if (next_is_plain()) {
+      // Steps to blocks of the same tile that need no mask.
+      const BlockRange whole = work_of(tile).whole;
+      if (n > whole.begin && n <= whole.end) {
         await_keys();
         await_values();
-      }
-      // Steps to a block that needs no mask, and is not its tile's last: so there is another one to wait for.
-      for (; next_is_plain(); --n) {
-        start_products(scores, weights, sums);
-        release_keys();
-        modify_scores(scores);
-        const bool rescales = softmax.template update<keys>(scores, rescale);
-        ptx::hold(scores);
-        await_keys();
-        finish_values(sums);
-        await_values();
-        round_weights(scores, weights);
-        if (__any_sync(~0U, rescales)) scale_rows<variant.head_dim_v>(sums, rescale);
+        do {
+          --n;
+          start_products(scores, weights, sums);
+          release_keys();
+          release_queries_at(tile, n);
+          modify_scores(scores);
+          const bool rescales = softmax.template update<keys>(scores, rescale);
+          ptx::hold(scores);
+          await_keys();
+          finish_values(sums);
+          await_values();
+          round_weights(scores, weights);
+          if (__any_sync(~0U, rescales)) scale_rows<variant.head_dim_v>(sums, rescale);
+        } while (n > whole.begin);
       }
       // A step to any block, perhaps the next tile's first.
-      const bool last = n == blocks_.begin;
-      const int next = last ? next_tile() : tile;
-      if (next < 0) break;
+      const bool last = n == work_of(tile).blocks.begin;
+      TilePlace next = tile;
       if (last) {
-        begin_tile(next);
-        n = blocks_.end;
+        next.advance();
+        if (!find_tile(next)) break;
+        n = work_of(next).blocks.end;
         await_queries();
       }
       --n;
-      const BlockMask mask = mask_block(next, n);
       await_keys();
       await_values();
       start_products(scores, weights, sums);
       release_keys();
-      if (n == blocks_.begin) release_queries();
+      release_queries_at(next, n);
       modify_scores(scores);
-      hide_keys(scores, mask);
+      hide_keys(scores, next, n);
       const OnlineSoftmax finished = softmax;
       if (last) softmax = OnlineSoftmax(a_.exponent_scale);
       const bool rescales = softmax.template update<keys>(scores, rescale);
@@ -364,31 +384,39 @@ class PrefillConsumer {
   using ScoreTile = float (&)[keys / 2];
   using Sums = float (&)[variant.head_dim_v / 2];
 
-  /// The next tile that has keys, by its place in the ring; -1 where there is none. Clears those without.
-  __device__ int next_tile() {
-    for (;; work_.advance()) {
-      shared_.work.full[work_.stage()].wait(work_.parity());
-      const TileWork& work = shared_.works[work_.stage()];
-      if (work.sequence < 0) return -1;
+  using TilePlace = RingPlace<PrefillShared<variant>::work_stages>;
+
+  __device__ const TileWork& work_of(TilePlace tile) const { return shared_.works[tile.stage()]; }
+
+  /// Goes on to the next tile that has keys, from this one on. Clears those without. False where there is none.
+  __device__ bool find_tile(TilePlace& tile) {
+    for (;; tile.advance()) {
+      shared_.work.full[tile.stage()].wait(tile.parity());
+      const TileWork& work = work_of(tile);
+      if (work.sequence < 0) return false;
+      if (threadIdx.x == 128) shared_.begun.arrive();
       if (work.blocks.size() > 0) break;
       clear_tile(work);
-      release_tile(work_.stage());
+      release_tile(tile);
     }
-    const int tile = work_.stage();
-    work_.advance();
-    return tile;
+    find_visible(work_of(tile));
+    return true;
   }
 
-  __device__ void release_tile(int tile) {
+  __device__ void release_tile(TilePlace tile) {
     __syncwarp();
-    release(shared_.work.empty[tile]);
+    release(shared_.work.empty[tile.stage()]);
   }
 
-  __device__ void begin_tile(int tile) {
-    const TileWork& work = shared_.works[tile];
-    blocks_ = work.blocks;
-    whole_.begin = max(blocks_.begin + 1, static_cast<int>(divide_up(work.seen_by_all.begin, keys)));
-    whole_.end = work.seen_by_all.end / keys;
+  /// What the rows of this warp see, if some of it is to be hidden: found while registers are few, by a lane for each.
+  __device__ void find_visible(const TileWork& work) {
+    const int lane = threadIdx.x % 32;
+    if (lane < 16 && (work.whole.begin > work.blocks.begin || work.whole.end < work.blocks.end)) {
+      const int row = threadIdx.x % 128 / 32 * 16 + lane;
+      const int query = min(place_of(work, row).query, work.used - 1);
+      shared_.visible[group_ * 64 + row] = visible_keys(a_.problem.mask, work.place.lengths, query);
+    }
+    __syncwarp();
   }
 
   /// Starts the scores of the next block and the values of this one, which are there, and waits for the scores.
@@ -409,16 +437,17 @@ class PrefillConsumer {
   __device__ void finish_values(Sums sums) {
     ptx::wgmma_wait<0>();
     ptx::hold(sums);
-    release(shared_.v.empty[v_.stage()]);
-    v_.advance();
+    release(shared_.v.empty[next_.before(2).stage()]);
   }
 
   __device__ unsigned query_matrix() const {
     return ptx::matrix_at(ptx::shared_address(&shared_.q_tiles[q_.stage()]) + group_ * 64 * chunk_row_bytes);
   }
-  __device__ unsigned key_matrix() const { return ptx::matrix_at(ptx::shared_address(&shared_.k_tiles[k_.stage()])); }
+  __device__ unsigned key_matrix() const {
+    return ptx::matrix_at(ptx::shared_address(&shared_.k_tiles[next_.stage()]));
+  }
   __device__ unsigned value_matrix() const {
-    return ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[v_.stage()]), keys * chunk_row_bytes);
+    return ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[next_.before(1).stage()]), keys * chunk_row_bytes);
   }
 
   /// Starts scores = queries x keys.
@@ -445,30 +474,6 @@ class PrefillConsumer {
     ptx::wgmma_commit();
   }
 
-  /// Which keys of a block are to be hidden from this thread's rows.
-  struct BlockMask {
-    bool hides_begin = false;
-    bool hides_end = false;
-    KeyRange visible[rows_of_thread];  ///< counted from the block's first key
-  };
-  __device__ BlockMask mask_block(int tile, int n) const {
-    const TileWork& work = shared_.works[tile];
-    const int first_key = n * keys;
-    BlockMask mask;
-    mask.hides_begin = first_key < work.seen_by_all.begin;
-    mask.hides_end = first_key + keys > work.seen_by_all.end;
-    if (mask.hides_begin || mask.hides_end) {
-      const Lengths lengths = work.place.lengths;
-#pragma unroll
-      for (int i = 0; i < rows_of_thread; ++i) {
-        const int query = clamp(place_of(work, accumulator_row(i)).query, 0, work.used - 1);
-        const KeyRange range = visible_keys(a_.problem.mask, lengths, query);
-        mask.visible[i] = {range.begin - first_key, range.end - first_key};
-      }
-    }
-    return mask;
-  }
-
   __device__ void modify_scores(ScoreTile scores) const {
     if constexpr (variant.scores == Scores::capped) {
 #pragma unroll
@@ -479,9 +484,17 @@ class PrefillConsumer {
     }
   }
 
-  __device__ static void hide_keys(ScoreTile scores, const BlockMask& mask) {
-    if (mask.hides_end) hide_keys_from<keys>(scores, mask.visible);
-    if (mask.hides_begin) hide_keys_before<keys>(scores, mask.visible);
+  /// Hides from each row of scores the keys of block n that it does not see.
+  __device__ void hide_keys(ScoreTile scores, TilePlace tile, int n) const {
+    const TileWork& work = work_of(tile);
+    const int first_key = n * keys;
+    const KeyRange* const visible = shared_.visible + group_ * 64 + accumulator_row(0);
+    if (first_key + keys > work.seen_by_all.end) {
+      hide_keys_from<keys>(scores, visible[0].end - first_key, visible[8].end - first_key);
+    }
+    if (first_key < work.seen_by_all.begin) {
+      hide_keys_before<keys>(scores, visible[0].begin - first_key, visible[8].begin - first_key);
+    }
   }
 
   /// An accumulator's columns are already where the product with the values takes its first operand.
@@ -496,29 +509,31 @@ class PrefillConsumer {
     int head;
   };
   __device__ RowPlace place_of(const TileWork& work, int row) const {
-    const unsigned packed = work.first_head + group_ * 64 + row;
-    const unsigned pack = a_.pack;
-    return {work.first_query + static_cast<int>(packed / pack), work.unit * a_.pack + static_cast<int>(packed % pack)};
+    const int packed = work.first_head + group_ * 64 + row;
+    // Rounded down that is packed / pack: half a row is far more than what is lost in rounding.
+    const int query = static_cast<int>((packed + 0.5F) * a_.heads_reciprocal);
+    return {work.first_query + query, work.unit * a_.pack + packed - query * a_.pack};
   }
 
-  __device__ void store(int tile, Sums sums, const OnlineSoftmax& softmax) {
+  __device__ void store(TilePlace tile, Sums sums, const OnlineSoftmax& softmax) {
     const Problem& p = a_.problem;
-    const TileWork& work = shared_.works[tile];
+    const TileWork& work = work_of(tile);
     const int slot = p.query_slot(work.sequence);
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
       const RowPlace place = place_of(work, accumulator_row(i));
       const bool exists = place.query < work.capacity;
-      const bool computed = place.query < work.used;
-      float share;
-      const float lse = softmax.finish(i, sink_of(place.head), share);
       const long long row = static_cast<long long>(work.place.first_q) + place.query;
-      store_row<variant.element, variant.head_dim_v>(sums, i, computed ? share : 0,
-                                                     exists ? p.out.at(slot, row, place.head) : nullptr, p.head_dim_v,
-                                                     a_.wide_rows);
-      if (exists && p.lse.data != nullptr && accumulator_column() == 0) {
-        p.lse.at(slot, place.head, row) = computed ? lse : -infinity();
+      float share;
+      float lse = softmax.finish(i, sink_of(place.head), share);
+      if (place.query >= work.used) {
+        share = 0;
+        lse = -infinity();
       }
+      if (__any_sync(~0U, share == 0)) clear_row_if<variant.head_dim_v>(sums, i, share == 0);
+      void* const out = exists ? p.out.at(slot, row, place.head) : nullptr;
+      store_row<variant.element, variant.head_dim_v>(sums, i, share, out, p.head_dim_v, a_.wide_rows);
+      if (exists && p.lse.data != nullptr && accumulator_column() == 0) p.lse.at(slot, place.head, row) = lse;
     }
     release_tile(tile);
   }
@@ -540,36 +555,31 @@ class PrefillConsumer {
     return sink.given() ? widen(sink.at(head), sink.type) : -infinity();
   }
 
-  __device__ void await_turn() const {
-    if constexpr (variant.in_turns) ptx::barrier_sync(first_turn_barrier + group_, 256);
-  }
+  __device__ void await_turn() const { ptx::barrier_sync(first_turn_barrier + group_, 256); }
   __device__ void pass_turn() const {
-    if constexpr (variant.in_turns) {
-      ptx::barrier_arrive(first_turn_barrier + (group_ + 1) % variant.warpgroups, 256);
-    }
+    ptx::barrier_arrive(first_turn_barrier + (group_ + 1) % variant.warpgroups, 256);
   }
 
   __device__ void await_queries() const { shared_.q.full[q_.stage()].wait(q_.parity()); }
-  __device__ void await_keys() const { shared_.k.full[k_.stage()].wait(k_.parity()); }
-  __device__ void await_values() const { shared_.v.full[v_.stage()].wait(v_.parity()); }
+  __device__ void await_keys() const { shared_.k.full[next_.stage()].wait(next_.parity()); }
+  __device__ void await_values() const { shared_.v.full[next_.before(1).stage()].wait(next_.before(1).parity()); }
 
-  __device__ void release_queries() {
+  /// After the scores of block n of a tile: its queries are needed no more after the first block, which comes last.
+  __device__ void release_queries_at(TilePlace tile, int n) {
+    if (n > work_of(tile).blocks.begin) return;
     release(shared_.q.empty[q_.stage()]);
     q_.advance();
   }
   __device__ void release_keys() {
-    release(shared_.k.empty[k_.stage()]);
-    k_.advance();
+    release(shared_.k.empty[next_.stage()]);
+    next_.advance();
   }
 
   const PrefillArguments& a_;
   PrefillShared<variant>& shared_;
   int group_;
-  RingPlace<PrefillShared<variant>::work_stages> work_;
   RingPlace<variant.q_stages> q_;
-  RingPlace<variant.stages> k_, v_;
-  BlockRange blocks_;  ///< of the tile,
-  BlockRange whole_;   ///< and those but the first that every row of the tile sees whole
+  RingPlace<variant.stages> next_;  ///< of the keys that come next; the values come a block behind
 };
 
 /// Rows of ragged tensors that belong to no sequence: out 0, lse -inf.

@@ -12,6 +12,7 @@ struct PrefillArguments {
   TensorMap v;
   Problem problem;
   int pack = 1;                ///< query heads that share a tile: all of a group, or one
+  float heads_reciprocal = 1;  ///< 1 / pack
   float score_factor = 1;      ///< multiplies products before they are capped and compared: 1, but for odd scales
   float exponent_scale = 1;    ///< multiplies scores to make them exponents of 2; not negative
   int keys_in_l2 = 0;          ///< keys and values of one head that the L2 cache holds

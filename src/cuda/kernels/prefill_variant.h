@@ -10,8 +10,8 @@ namespace mate::cuda {
 inline constexpr int chunk_columns = 64;
 inline constexpr int chunk_row_bytes = 128;
 
-/// Shared memory beside the tiles: barriers, and what the scheduler says of a tile.
-inline constexpr int other_shared_bytes = 1024;
+/// Shared memory beside the tiles: barriers, what the scheduler says of a tile, and what its rows see.
+inline constexpr int other_shared_bytes = 3072;
 
 constexpr int chunks_of(int head_dim) { return (head_dim + chunk_columns - 1) / chunk_columns; }
 
@@ -24,13 +24,12 @@ enum class Scores {
 
 struct PrefillVariant {
   ElementType element = ElementType::bfloat16;
-  int head_dim = 0;       ///< of the keys, rounded up to a multiple of 16
-  int head_dim_v = 0;     ///< of the values, likewise
-  int warpgroups = 0;     ///< consumers, each with 64 rows of the tile
-  int block_keys = 0;     ///< keys of a block
-  int stages = 0;         ///< blocks of keys, and of values, in shared memory
-  int q_stages = 0;       ///< tiles of queries in shared memory
-  bool in_turns = false;  ///< the consumers take turns to start their products
+  int head_dim = 0;    ///< of the keys, rounded up to a multiple of 16
+  int head_dim_v = 0;  ///< of the values, likewise
+  int warpgroups = 0;  ///< consumers, each with 64 rows of the tile
+  int block_keys = 0;  ///< keys of a block
+  int stages = 0;      ///< blocks of keys, and of values, in shared memory
+  int q_stages = 0;    ///< tiles of queries in shared memory
   Scores scores = Scores::products;
   bool gather = false;  ///< rows are loaded one by one, whatever their alignment; else by tensor maps
 

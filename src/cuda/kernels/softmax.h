@@ -17,6 +17,18 @@ __device__ inline float exp2_approximately(float x) {
   return y;
 }
 
+__device__ inline float log2_approximately(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float reciprocal_approximately(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// tanh, to about 1e-7 of itself near 0 and of 1 elsewhere: tanh.approx is not exact enough for scores.
 __device__ inline float tanh_accurately(float x) {
   const float square = x * x;
@@ -27,12 +39,13 @@ __device__ inline float tanh_accurately(float x) {
   return fabsf(x) < 0.25F ? near_zero : fabsf(x) > 15 ? copysignf(1, x) : x != x ? x : elsewhere;
 }
 
-/// Hides from each row the columns outside its own range.
-template <int keys>
-__device__ inline void hide_keys_from(float (&scores)[keys / 2], const KeyRange (&visible)[rows_of_thread]) {
+/// Hides from each row of a thread the columns from `ends` on.
+template <int keys, typename... Columns>
+__device__ inline void hide_keys_from(float (&scores)[keys / 2], Columns... ends) {
+  const int end_of[rows_of_thread] = {ends...};
 #pragma unroll
   for (int i = 0; i < rows_of_thread; ++i) {
-    const int end = visible[i].end - accumulator_column();
+    const int end = end_of[i] - accumulator_column();
 #pragma unroll
     for (int j = 0; j < keys / 8; ++j) {
       if (8 * j >= end) scores[4 * j + 2 * i] = -infinity();
@@ -40,11 +53,14 @@ __device__ inline void hide_keys_from(float (&scores)[keys / 2], const KeyRange 
     }
   }
 }
-template <int keys>
-__device__ inline void hide_keys_before(float (&scores)[keys / 2], const KeyRange (&visible)[rows_of_thread]) {
+
+/// Hides those before `begins`.
+template <int keys, typename... Columns>
+__device__ inline void hide_keys_before(float (&scores)[keys / 2], Columns... begins) {
+  const int begin_of[rows_of_thread] = {begins...};
 #pragma unroll
   for (int i = 0; i < rows_of_thread; ++i) {
-    const int begin = visible[i].begin - accumulator_column();
+    const int begin = begin_of[i] - accumulator_column();
 #pragma unroll
     for (int j = 0; j < keys / 8; ++j) {
       if (8 * j < begin) scores[4 * j + 2 * i] = -infinity();
@@ -102,13 +118,13 @@ class OnlineSoftmax {
   }
 
   /// Ends the sums. `sink` is its natural logarithm, -inf where there is none. Gives the log-sum-exp of row i and what
-  /// its weighted values are to be multiplied by.
+  /// its weighted values are to be multiplied by: 0 where they are to become 0, whatever they are.
   __device__ float finish(int i, float sink, float& share) const {
     const float sum = quad_sum(sum_[i]);
-    const float reference = reference_[i] == -infinity() ? 0 : reference_[i] * scale_;
-    share = sum == 0 ? 0 : 1 / sum;
+    share = 0;
     if (sum == 0) return sink;
-    const float lse = (reference + log2f(sum)) * ln_of_2;
+    share = reciprocal_approximately(sum);
+    const float lse = fmaf(reference_[i], scale_, log2_approximately(sum)) * ln_of_2;
     if (sink == -infinity()) return lse;
     if (sink == infinity() && lse < infinity()) {
       share = 0;
@@ -137,6 +153,16 @@ class OnlineSoftmax {
   float reference_[rows_of_thread];
   float sum_[rows_of_thread];
 };
+
+/// Clears row i of an accumulator.
+template <int columns>
+__device__ inline void clear_row_if(float (&values)[columns / 2], int i, bool condition) {
+#pragma unroll
+  for (int j = 0; j < columns / 8; ++j) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) values[4 * j + 2 * i + c] = condition ? 0 : values[4 * j + 2 * i + c];
+  }
+}
 
 /// Multiplies the rows of an accumulator.
 template <int columns>

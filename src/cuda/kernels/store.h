@@ -25,44 +25,39 @@ __device__ inline void transpose_quad(unsigned (&words)[4]) {
   }
 }
 
-/// Writes the parts of row i that this thread holds, times `factor` (0 gives 0, whatever they are), where `row` is not
-/// null. Whole pieces of 16 bytes where `wide`: rows are then aligned to them. All lanes of a warp call it.
+/// Writes the parts of row i that this thread holds, times `factor`, where `row` is not null. `wide`: rows are aligned
+/// to 16 bytes. All lanes of a warp call it.
 template <ElementType element, int columns>
 __device__ inline void store_row(const float (&values)[columns / 2], int i, float factor, void* row, int head_dim,
                                  bool wide) {
-  constexpr int groups = columns / 8;
-  unsigned words[groups];
-#pragma unroll
-  for (int j = 0; j < groups; ++j) {
-    const float first = values[4 * j + 2 * i] * factor;
-    const float second = values[4 * j + 2 * i + 1] * factor;
-    words[j] = factor == 0 ? 0 : pack<element>(first, second);
-  }
-  auto* const elements = static_cast<unsigned short*>(row);
-  const auto store_word = [&](int j) {
-    const int column = 8 * j + accumulator_column();
-    if (row == nullptr) return;
-    if (column < head_dim) elements[column] = static_cast<unsigned short>(words[j]);
-    if (column + 1 < head_dim) elements[column + 1] = static_cast<unsigned short>(words[j] >> 16);
+  const auto word = [&](int j) {
+    return pack<element>(values[4 * j + 2 * i] * factor, values[4 * j + 2 * i + 1] * factor);
   };
-  if (!wide) {
+  auto* const elements = static_cast<unsigned short*>(row);
+  // Compared with what is left of the row, columns are constants.
+  const int left = row == nullptr ? 0 : head_dim;
+  if (wide) {
+    const int lane = threadIdx.x % 4;
 #pragma unroll
-    for (int j = 0; j < groups; ++j) store_word(j);
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j + 4 <= groups; j += 4) {
-    unsigned four[4] = {words[j], words[j + 1], words[j + 2], words[j + 3]};
-    transpose_quad(four);
-    const int column = 8 * (j + static_cast<int>(threadIdx.x % 4));
-    if (row != nullptr && column < head_dim) {
-      *reinterpret_cast<uint4*>(elements + column) = make_uint4(four[0], four[1], four[2], four[3]);
+    for (int j = 0; j + 4 <= columns / 8; j += 4) {
+      unsigned words[4] = {word(j), word(j + 1), word(j + 2), word(j + 3)};
+      transpose_quad(words);
+      if (8 * j < left - 8 * lane) {
+        *reinterpret_cast<uint4*>(elements + 8 * j + 8 * lane) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
     }
-  }
 #pragma unroll
-  for (int j = groups / 4 * 4; j < groups; ++j) {
-    const int column = 8 * j + accumulator_column();
-    if (row != nullptr && column < head_dim) *reinterpret_cast<unsigned*>(elements + column) = words[j];
+    for (int j = columns / 32 * 4; j < columns / 8; ++j) {
+      if (8 * j < left) *reinterpret_cast<unsigned*>(elements + 8 * j + 2 * lane) = word(j);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < columns / 8; ++j) {
+      const int column = 8 * j + accumulator_column();
+      const unsigned both = word(j);
+      if (column < left) elements[column] = static_cast<unsigned short>(both);
+      if (column + 1 < left) elements[column + 1] = static_cast<unsigned short>(both >> 16);
+    }
   }
 }
 

@@ -21,6 +21,7 @@ struct TileWork {
   KeyRange seen;         ///< keys that some row of the sequence sees
   KeyRange seen_by_all;  ///< keys that every row of the tile sees
   BlockRange blocks;     ///< of keys that some row of the tile sees
+  BlockRange whole;      ///< blocks that every row of the tile sees whole
 };
 
 /// Used by all lanes of one warp together.
@@ -123,19 +124,32 @@ class TileScheduler {
     work.tile = tiles - 1 - index / width;
   }
 
+  /// The query that a packed row belongs to. The host sees to it that packed rows are counted in 32 bits: GPUs divide
+  /// 64 by long programs.
+  __device__ int query_of_row(long long row) const {
+    return static_cast<int>(static_cast<unsigned>(row) / static_cast<unsigned>(a_.pack));
+  }
+
   __device__ void find_keys(TileWork& work) const {
     const Mask& mask = problem().mask;
+    const Lengths& lengths = work.place.lengths;
     const TileRows rows = rows_of_tile(tiling(), work.used, work.tile);
-    work.first_query = static_cast<int>(rows.first / a_.pack);
-    work.first_head = static_cast<int>(rows.first % a_.pack);
-    const bool computes = rows.count() > 0;
-    work.seen = computes ? keys_of_some_row(mask, work.place.lengths, 0, work.used - 1) : KeyRange{};
+    work.first_query = query_of_row(rows.first);
+    work.first_head = static_cast<int>(rows.first - static_cast<long long>(work.first_query) * a_.pack);
+    const int last_query = query_of_row(rows.last);
+    work.seen = {};
+    work.seen_by_all = {};
+    work.blocks = {};
+    work.whole = {};
+    if (rows.count() <= 0) return;
+    work.seen = keys_of_some_row(mask, lengths, 0, work.used - 1);
     ptx::forget_shared_memory();
-    const int last_query = static_cast<int>(rows.last / a_.pack);
-    work.seen_by_all =
-        computes ? keys_of_every_row(mask, work.place.lengths, work.first_query, last_query) : KeyRange{};
+    work.blocks = blocks_of_keys(tiling(), keys_of_some_row(mask, lengths, work.first_query, last_query));
     ptx::forget_shared_memory();
-    work.blocks = computes ? blocks_of_rows(tiling(), mask, work.place.lengths, rows) : BlockRange{};
+    work.seen_by_all = keys_of_every_row(mask, lengths, work.first_query, last_query);
+    ptx::forget_shared_memory();
+    work.whole = {static_cast<int>(divide_up(work.seen_by_all.begin, variant.block_keys)),
+                  work.seen_by_all.end / variant.block_keys};
   }
 
   const PrefillArguments& a_;

@@ -15,6 +15,12 @@ __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.sha
 /// hold copies.
 __device__ inline void forget_shared_memory() { asm volatile("" ::: "memory"); }
 
+/// The same number, of which the compiler knows nothing: it computes nothing from it before this is reached.
+__device__ inline int known_only_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 /// Waits until `threads` threads have arrived at named barrier `id`, this one included.
 __device__ inline void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
