@@ -14,8 +14,8 @@ def info() -> dict[str, Any]:
     """What MATE and this machine are, for bug reports and for programs that choose by it.
 
     Returns:
-        ``version`` of MATE, ``python``, ``torch``, ``platform``, and ``backends``: for each backend that can run here
-        ("cpu"), a line with its instruction set and number of threads.
+        ``version`` of MATE, ``python``, ``torch``, ``platform``, and ``backends``, a line for each: "cpu" has its
+        instruction set and number of threads, "cuda" the GPUs and the compiler, or what is missing.
     """
     backends = dict(line.split(": ", 1) for line in _library.describe_backends().splitlines())
     return {

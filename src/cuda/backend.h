@@ -16,7 +16,7 @@ void require_served(const Problem& problem, int device);
 void forward(const Problem& problem, int device, void* stream);
 
 /// The kernels that calls with these head sizes and this type may need, for whatever else they ask: causal or not,
-/// aligned or not.
+/// aligned or not. Throws Error (not_implemented) for head sizes that this backend does not serve.
 std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType type, bool softcap);
 
 }  // namespace mate::cuda

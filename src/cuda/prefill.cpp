@@ -209,6 +209,17 @@ std::int64_t most_tiles(const Problem& p, const PrefillVariant& variant, int pac
   return tiles * (p.heads_q / pack);
 }
 
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  fail(ErrorKind::not_implemented, "on an NVIDIA GPU MATE does not serve ", parts..., " yet");
+}
+
+void require_head_sizes(int head_dim, int head_dim_v) {
+  if (std::max(head_dim, head_dim_v) > largest_head_dim) {
+    refuse("head sizes above ", largest_head_dim, " (q and k have ", head_dim, ", v has ", head_dim_v, ")");
+  }
+}
+
 KernelFamily& prefill_kernels() {
   static KernelFamily kernels;
   return kernels;
@@ -218,9 +229,6 @@ KernelFamily& prefill_kernels() {
 
 void require_served(const Problem& p, int device_id) {
   const Device& gpu = device(device_id);
-  const auto refuse = [&](const auto&... parts) {
-    fail(ErrorKind::not_implemented, "on an NVIDIA GPU MATE does not serve ", parts..., " yet");
-  };
   if (gpu.capability != 90) {
     refuse("compute capability ", gpu.capability / 10, ".", gpu.capability % 10, " (", gpu.name,
            "), only Hopper's 9.0,");
@@ -230,9 +238,7 @@ void require_served(const Problem& p, int device_id) {
     if (type == ElementType::float8_e4m3) refuse("float8_e4m3fn");
   }
   if (p.qv.given()) refuse("qv");
-  if (std::max(p.head_dim, p.head_dim_v) > largest_head_dim) {
-    refuse("head sizes above ", largest_head_dim, " (q has ", p.head_dim, ", v ", p.head_dim_v, ")");
-  }
+  require_head_sizes(p.head_dim, p.head_dim_v);
   if (p.keys.paged()) refuse("paged keys (page_table)");
   if (p.keys.appends) refuse("appending to a cache");
 }
@@ -283,6 +289,7 @@ void forward(const Problem& p, int device_id, void* stream) {
 }
 
 std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType type, bool softcap) {
+  require_head_sizes(head_dim, head_dim_v);
   std::vector<KernelSource> sources;
   for (const bool gather : {false, true}) {
     for (const bool narrow : {true, false}) {
