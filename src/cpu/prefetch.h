@@ -45,7 +45,8 @@ class Prefetcher {
         continue;
       }
       const char* row = rows.rows[key_] + head_ * rows.head_step;
-      for (int byte = 0; byte < rows.bytes; byte += cache_line) __builtin_prefetch(row + byte);
+      // Into the second cache: so much ahead would push what is in use out of the first.
+      for (int byte = 0; byte < rows.bytes; byte += cache_line) __builtin_prefetch(row + byte, 0, 2);
       bytes -= rows.bytes;
       if (++head_ == rows.heads) {
         head_ = 0;
