@@ -4,10 +4,11 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_OFFLINE ?= 1
 MAKEFLAGS += --no-print-directory
 
+PYTHON ?= python3
 PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 CXX_FILES = git ls-files --cached --others --exclude-standard -- '*.h' '*.cpp'
 
-.PHONY: help demo test cpp-test python-test build bench-cpu install wheel lint format clean
+.PHONY: help demo test cpp-test python-test build bench-cpu bench-gpu bench-compile install wheel lint format clean
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -45,6 +46,15 @@ bench-cpu: ## MATE beside PyTorch on this CPU: tables, all numbers in build/benc
 	@$(MAKE) build
 	@scripts/setup bench
 	PYTHONPATH=python python benchmarks/cpu.py --json build/bench-cpu.json --pictures docs/images
+
+bench-gpu: ## MATE beside cuDNN (and FlashAttention-3, if FA3_LIBRARY names it) on this GPU; PYTHON has PyTorch with CUDA
+	PYTHONPATH=python $(PYTHON) benchmarks/gpu.py --json build/bench-gpu.json --pictures docs/images
+
+bench-compile: ## Seconds, bytes and registers of GPU kernels; needs no GPU
+	@scripts/setup test
+	@scripts/quietly cmake --preset release -DMATE_BUILD_BENCHMARKS=ON
+	@scripts/quietly cmake --build --preset release
+	MATE_NVRTC=$$(python -c 'import nvidia.cu13 as cuda; print(cuda.__path__[0])')/lib/libnvrtc.so.13 build/release/compile
 
 install: ## Both Python distributions into .venv
 	@scripts/setup demo

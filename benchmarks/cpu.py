@@ -14,39 +14,22 @@ To measure one more shape, add a line to one of the tables of shapes in `groups`
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import functools
 import itertools
-import json
 import math
 import platform
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import (
-    QUICK,
-    THOROUGH,
-    VALUES,
-    Case,
-    Contender,
-    Effort,
-    Group,
-    Row,
-    best_seconds,
-    figure,
-    group_table,
-    markdown_table,
-    mean_ratios,
-    run,
-)
+from measure import QUICK, Case, Contender, Effort, Group, best_seconds, figure, markdown_table
+from shapes import heads_label, heads_last, visible_pairs
+from tables import group_figures, measured, parse_options, write_json
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import mate
 
@@ -58,7 +41,6 @@ PAGE_SIZE = 16
 # A model reads each layer's cache once a token, so that none of it is still in the processor's caches: decoding goes
 # round as many equal caches as make up this many bytes.
 COLD_BYTES = 2**28
-QUICK_CASES = 2
 
 
 def groups() -> list[Group]:
@@ -401,21 +383,6 @@ def over_layers(call: Callable[[Tensor, Tensor], Any], k: Tensor, v: Tensor, lay
     return lambda: call(*next(caches))
 
 
-def heads_last(out: Tensor) -> Tensor:
-    return out.transpose(1, 2)
-
-
-def heads_label(heads_q: int, heads_k: int) -> str:
-    return str(heads_q) if heads_q == heads_k else f"{heads_q}/{heads_k}"
-
-
-def visible_pairs(length: int, causal: bool, window: int | None = None) -> float:
-    """How many pairs of a query and a key count as work."""
-    if window is not None:
-        return sum(min(row, window) + 1 for row in range(length))
-    return length**2 / 2 if causal else length**2
-
-
 def window_mask(length: int, window: int) -> Tensor:
     distance = torch.arange(length)[:, None] - torch.arange(length)
     return (distance >= 0) & (distance <= window)
@@ -505,82 +472,30 @@ def headline(about: dict[str, Any]) -> str:
     )
 
 
-def small_cases(group: Group) -> Group:
-    """Those with the least work, for a run that only shows that all is well."""
-    return dataclasses.replace(group, cases=sorted(group.cases, key=lambda case: case.work)[:QUICK_CASES])
-
-
-def measured(chosen: Sequence[Group], effort: Effort) -> dict[str, list[Row]]:
-    """Measures the groups, and prints each as soon as it is done."""
-    rows: dict[str, list[Row]] = {}
-    with tqdm(total=sum(len(group.cases) for group in chosen), file=sys.stderr, unit="case") as bar:
-        for group in chosen:
-            bar.set_description(group.name)
-            rows[group.name] = []
-            for case in group.cases:
-                rows[group.name].append(run(case, effort))
-                bar.update()
-            tqdm.write(group_table(group, rows[group.name]), file=sys.stdout, end="\n\n")
-            sys.stdout.flush()
-    return rows
-
-
-def group_figures(group: Group, rows: Sequence[Row]) -> dict[str, Any]:
-    value = VALUES[group.unit]
-    return {
-        "title": group.title,
-        "unit": group.unit,
-        "mean_ratios": mean_ratios(rows),
-        "rows": [
-            {
-                **dataclasses.asdict(row),
-                "values": {name: value(row.work, seconds) for name, seconds in row.seconds.items()},
-            }
-            for row in rows
-        ],
-    }
-
-
 def main() -> None:
-    everything = groups()
-    names = [group.name for group in everything]
-    parser = argparse.ArgumentParser(
-        description="MATE beside PyTorch's scaled_dot_product_attention on the CPU.",
-        epilog=f"Groups: {' '.join(names)}",
-    )
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="GROUP", help="measure these groups")
-    parser.add_argument("--quick", action="store_true", help="two small rows of each group, in short rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
-    parser.add_argument(
-        "--pictures", type=Path, metavar="FOLDER", help="draw `lengths` and `contexts` into this folder"
-    )
-    arguments = parser.parse_args()
-    effort = QUICK if arguments.quick else THOROUGH
-    chosen = [group for group in everything if group.name in arguments.only]
-    if arguments.quick:
-        chosen = [small_cases(group) for group in chosen]
+    parser = argparse.ArgumentParser(description="MATE beside PyTorch's scaled_dot_product_attention on the CPU.")
+    options, _ = parse_options(parser, groups())
 
     about = environment()
     print(headline(about), end="\n\n", flush=True)
     with torch.inference_mode():
-        start = ceilings(effort)
-        rows = measured(chosen, effort)
-        end = ceilings(effort)
+        start = ceilings(options.effort)
+        rows = measured(options.groups, options.effort)
+        end = ceilings(options.effort)
     print(ceilings_table(start, end))
 
     report = {
         **about,
-        "quick": arguments.quick,
+        "quick": options.effort is QUICK,
         "ceilings": {"start": start, "end": end},
-        "groups": {group.name: group_figures(group, rows[group.name]) for group in chosen},
+        "groups": {group.name: group_figures(group, rows[group.name]) for group in options.groups},
     }
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    if arguments.pictures:
+    if options.json:
+        write_json(options.json, report)
+    if options.pictures:
         import pictures  # here, so that the tables need no matplotlib
 
-        pictures.draw(report, arguments.pictures)
+        pictures.draw_cpu(report, options.pictures)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ THOROUGH = Effort(round_s=0.05, rounds=5, case_s=5)
 QUICK = Effort(round_s=0.005, rounds=2, case_s=0.2)
 
 
+# Takes the calls of a case by name, and gives the seconds of each.
+Timing = Callable[[dict[str, Callable[[], object]], Effort], dict[str, float]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Contender:
     """One way to compute a case. `comparable` brings what `call` returns into the layout in which all are compared."""
@@ -60,11 +64,12 @@ class Group:
     unit: str  # one of VALUES
     cases: Sequence[Case]
     note: str = ""
+    timing: Timing | None = None  # None: best_seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A case as it was measured: the least seconds of a call of each contender."""
+    """A case as it was measured: the seconds of a call of each contender."""
 
     labels: dict[str, object]
     work: float
@@ -73,19 +78,20 @@ class Row:
 
 
 VALUES: dict[str, Callable[[float, float], float]] = {  # of work and seconds
+    "TFLOP/s": lambda work, seconds: work / seconds / 1e12,
     "GFLOP/s": lambda work, seconds: work / seconds / 1e9,
     "GB/s": lambda work, seconds: work / seconds / 1e9,
     "µs": lambda work, seconds: seconds * 1e6,
 }
 
 
-def run(case: Case, effort: Effort) -> Row:
+def run(case: Case, effort: Effort, timing: Timing | None = None) -> Row:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(case.threads or threads_before)
     try:
         contenders = case.contenders()
         check_agreement(case, contenders)
-        seconds = best_seconds({contender.name: contender.call for contender in contenders}, effort)
+        seconds = (timing or best_seconds)({contender.name: contender.call for contender in contenders}, effort)
     finally:
         torch.set_num_threads(threads_before)
     peers = [seconds[contender.name] for contender in contenders if contender.peer]

@@ -1,4 +1,4 @@
-"""Pictures of what benchmarks/cpu.py measured."""
+"""Pictures of what benchmarks/cpu.py and benchmarks/gpu.py measured."""
 
 from __future__ import annotations
 
@@ -22,12 +22,47 @@ CEILING: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "color": "black"}
 STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "mate", "font.family": "sans-serif", "font.size": 10}
 
 
-def draw(report: dict[str, Any], folder: Path) -> None:
+def draw_cpu(report: dict[str, Any], folder: Path) -> None:
     """One picture of each of the two groups, where it was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         draw_group(report, "lengths", "length", "float32 matrix product", folder / "cpu_prefill.svg")
         draw_group(report, "contexts", "context", "reading memory", folder / "cpu_decode.svg")
+
+
+GPU_LINES: dict[str, dict[str, Any]] = {
+    "MATE": {"color": "#d55e00", "marker": "o", "markersize": 4},
+    "FA3": {"color": "#0072b2", "marker": "s", "markersize": 4, "linestyle": ":"},
+    "cuDNN": {"color": "#009e73", "marker": "^", "markersize": 4, "linestyle": "--"},
+}
+
+
+def draw_gpu(report: dict[str, Any], folder: Path) -> None:
+    """Prefill against the length, for each head size and mask."""
+    if "prefill" not in report["groups"]:
+        print("no picture is drawn: the group prefill was not measured", file=sys.stderr)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = report["groups"]["prefill"]["rows"]
+    sizes = list(dict.fromkeys(row["labels"]["head size"] for row in rows))
+    masks = list(dict.fromkeys(row["labels"]["mask"] for row in rows))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        grid = figure.subplots(len(masks), len(sizes), sharey=True, squeeze=False)
+        for axes_of_mask, mask in zip(grid, masks):
+            for axes, size in zip(axes_of_mask, sizes):
+                own = [row for row in rows if row["labels"]["head size"] == size and row["labels"]["mask"] == mask]
+                for name, line in GPU_LINES.items():
+                    points = [(row["labels"]["length"], row["values"][name]) for row in own if name in row["values"]]
+                    if points:
+                        axes.plot(*zip(*sorted(points)), label=name, **line)
+                finish(axes, sorted({row["labels"]["length"] for row in own}))
+                axes.set(title=f"head size {size}, {mask}")
+            axes_of_mask[0].set(ylabel=report["groups"]["prefill"]["unit"])
+        for axes in grid[-1]:
+            axes.set(xlabel="length")
+        grid[0][-1].legend(loc="lower right")
+        figure.savefig(folder / "gpu_prefill.svg", metadata={"Date": None})
 
 
 def draw_group(report: dict[str, Any], name: str, across: str, ceiling: str, path: Path) -> None:

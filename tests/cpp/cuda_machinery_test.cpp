@@ -30,6 +30,7 @@
 #include "cuda/sha256.h"
 #include "cuda/sources.h"
 #include "cuda/tensor_map.h"
+#include "nvrtc.h"
 
 namespace mate::cuda {
 namespace {
@@ -40,21 +41,6 @@ using ::testing::TempDir;
 /// A kernel that sets an int.
 KernelSource tiny_kernel(const std::string& name, int value = 1) {
   return {name, "extern \"C\" __global__ void " + name + "(int* p) { *p = " + std::to_string(value) + "; }\n", 0};
-}
-
-/// Why there is no compiler; empty where there is one.
-std::string why_no_compiler() {
-  try {
-    describe_compiler();
-    return {};
-  } catch (const std::runtime_error& error) {
-    return error.what();
-  }
-}
-
-/// The test's Python environment brings NVRTC.
-void look_in_python_packages() {
-  set_compiler_folders({MATE_SITE_PACKAGES "/nvidia/cu13/lib", MATE_SITE_PACKAGES "/nvidia/cuda_nvrtc/lib"});
 }
 
 class Compiler : public ::testing::Test {

@@ -1,0 +1,18 @@
+"""What the rows of the benchmarks have in common."""
+
+from torch import Tensor
+
+
+def heads_last(out: Tensor) -> Tensor:
+    return out.transpose(1, 2)
+
+
+def heads_label(heads_q: int, heads_k: int) -> str:
+    return str(heads_q) if heads_q == heads_k else f"{heads_q}/{heads_k}"
+
+
+def visible_pairs(length: int, causal: bool, window: int | None = None) -> float:
+    """How many pairs of a query and a key count as work."""
+    if window is not None:
+        return sum(min(row, window) + 1 for row in range(length))
+    return length**2 / 2 if causal else length**2
