@@ -1,14 +1,19 @@
 # The commands of the project; `make help` lists them. scripts/setup provides what each of them needs.
 
+# What runs on a GPU runs with: .venv's Python, or another one that has PyTorch for CUDA, pytest, hypothesis and
+# apache-tvm-ffi, as GPU_PYTHON=python3. That one is looked for where the caller would find it.
+CALLERS_PATH := $(PATH)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export HF_HUB_OFFLINE ?= 1
 MAKEFLAGS += --no-print-directory
 
-PYTHON ?= python3
 PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
+LIBRARY := python/mate/_lib/libmate_python.so
+ON_GPU = PYTHONPATH=python$(if $(PYTHONPATH),:$(PYTHONPATH)) $(if $(GPU_PYTHON),PATH="$(CALLERS_PATH)" $(GPU_PYTHON),python)
 CXX_FILES = git ls-files --cached --others --exclude-standard -- '*.h' '*.cpp'
 
-.PHONY: help demo test cpp-test python-test build bench-cpu bench-gpu bench-compile install wheel lint format clean
+.PHONY: help demo test cpp-test python-test test-gpu sanitize-gpu gpu-setup build bench-cpu bench-gpu bench-compile install
+.PHONY: wheel lint format clean
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -33,6 +38,19 @@ python-test: ## The Python tests, on the installed packages
 	@$(MAKE) install
 	pytest -q
 
+test-gpu: gpu-setup $(LIBRARY) ## The tests on an NVIDIA GPU (GPU_PYTHON=python3 uses that Python and its PyTorch, not .venv)
+	MATE_TEST_DEVICE=cuda $(ON_GPU) -m pytest -q
+
+sanitize-gpu: gpu-setup $(LIBRARY) ## compute-sanitizer's four tools over small calls on an NVIDIA GPU; likewise
+	$(ON_GPU) tests/python/sanitize_gpu.py
+
+gpu-setup:
+	@$(if $(GPU_PYTHON),,scripts/setup test)
+
+$(LIBRARY): CMakeLists.txt $(shell find cmake include src -type f)
+	@$(MAKE) build
+	@touch $@
+
 build: ## The release build, with the Python binding in python/mate/_lib (use it with PYTHONPATH=python)
 	@scripts/setup test
 	@$(MAKE) build-release
@@ -47,8 +65,8 @@ bench-cpu: ## MATE beside PyTorch on this CPU: tables, all numbers in build/benc
 	@scripts/setup bench
 	PYTHONPATH=python python benchmarks/cpu.py --json build/bench-cpu.json --pictures docs/images
 
-bench-gpu: ## MATE beside cuDNN (and FlashAttention-3, if FA3_LIBRARY names it) on this GPU; PYTHON has PyTorch with CUDA
-	PYTHONPATH=python $(PYTHON) benchmarks/gpu.py --json build/bench-gpu.json --pictures docs/images
+bench-gpu: gpu-setup $(LIBRARY) ## MATE beside cuDNN, and FlashAttention-3 where FA3_LIBRARY names it, on an NVIDIA GPU; likewise
+	$(ON_GPU) benchmarks/gpu.py --json build/bench-gpu.json --pictures docs/images
 
 bench-compile: ## Seconds, bytes and registers of GPU kernels; needs no GPU
 	@scripts/setup test

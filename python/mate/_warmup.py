@@ -45,6 +45,11 @@ def warmup(
             head_dim, head_dim if head_dim_v is None else head_dim_v, dtype, softcap
         )
     }
+    return compile_kernels(sources, jobs, progress)
+
+
+def compile_kernels(sources: dict[str, str], jobs: int | None = None, progress: bool = True) -> int:
+    """Compiles the kernels of these names and sources, many at once. Returns how many were not in the folder before."""
     pool = ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0)))
     compiled = 0
     try:

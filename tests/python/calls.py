@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+from kernels import NOT_SERVED, STEP, Kind, kinds_of_run
 from reference import FP8, Arguments, normalise, raw, sequences, visible
 
 FUNCTIONS = (
@@ -60,6 +61,8 @@ LARGE_HEAD_SIZES = (136, 160, 192, 200, 255, 256, 257, 320, 384, 500, 511, 512)
 PAGE_SIZES = (1, 2, 3, 7, 16, 16, 64, 64, 100, 128, 256)
 KEY_BLOCK = 64  # keys in what the tests count as one block of keys
 INT32_MAX = 2**31 - 1
+# Choices that the caller of `draw` may fix, and what a backend must serve for them.
+CHOICES = {"paged": "paged keys", "append": "appending"}
 
 
 @dataclass
@@ -177,7 +180,8 @@ def key_blocks_spanned(call: Call) -> int:
 
 def draw(seed: int, device: Any = "cpu", functions: tuple[str, ...] = FUNCTIONS, **forced: Any) -> Call:
     """The call of a seed, to one of `functions`. `forced` fixes some choices: types (a list of pairs like
-    TYPES), append, rotary, paged, ragged_q (bools)."""
+    TYPES), append, rotary, paged, ragged_q (bools), kinds (a list of kernels.Kind, for what a GPU serves; None for
+    everything). On a GPU the kinds are those of the run."""
     return _Drawer(seed, device, functions, forced).draw()
 
 
@@ -200,7 +204,13 @@ class _Drawer:
         self.functions = functions
         self.forced = forced
         self.dice = random.Random(seed)
-        self.numbers = torch.Generator().manual_seed(seed)
+        self.numbers = torch.Generator(self.device).manual_seed(seed)
+        on_cpu = self.device.type == "cpu"
+        self.kinds: Optional[list[Kind]] = forced["kinds"] if "kinds" in forced else None if on_cpu else kinds_of_run()
+        # What a call may cost: its products, the blocks of keys of a wide call, and its query rows.
+        self.most_work, self.most_blocks, self.most_rows = (1e7, 9, 700) if on_cpu else (3e8, 16, 1000)
+        # Rows that are all aligned to 16 bytes take another way to a GPU's kernels.
+        self.unit = 8 if self.kinds is not None and self.chance(0.4) else 1
         self.arguments: dict[str, Any] = {}
 
     # What to draw from.
@@ -210,7 +220,10 @@ class _Drawer:
 
     def choose(self, name: str, probability: float) -> bool:
         """A choice that the caller of `draw` may have fixed."""
-        return self.forced.get(name, self.chance(probability))
+        return self.forced.get(name, self.chance(probability)) and self.is_served(CHOICES.get(name))
+
+    def is_served(self, feature: Optional[str]) -> bool:
+        return self.kinds is None or feature not in NOT_SERVED
 
     def integer(self, value: int) -> Any:
         """An integer argument: an int, or something else with __index__."""
@@ -223,12 +236,13 @@ class _Drawer:
         """A poisoned tensor that starts `offset` elements into its storage."""
         numbers = offset + int(np.prod(shape))
         if dtype == torch.int32:
-            flat = torch.randint(-(2**31), 2**31, (numbers,), generator=self.numbers, dtype=torch.int32)
+            options = {"generator": self.numbers, "device": self.device}
+            flat = torch.randint(-(2**31), 2**31, (numbers,), dtype=torch.int32, **options)
         elif dtype == FP8:
-            flat = torch.full((numbers,), 0x7F, dtype=torch.uint8).view(FP8)
+            flat = torch.full((numbers,), 0x7F, dtype=torch.uint8, device=self.device).view(FP8)
         else:
-            flat = torch.full((numbers,), torch.nan, dtype=dtype)
-        return flat.to(self.device)[offset:].view(shape)
+            flat = torch.full((numbers,), torch.nan, dtype=dtype, device=self.device)
+        return flat[offset:].view(shape)
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, copied: bool = False) -> torch.Tensor:
         """A poisoned tensor in a random layout: any order of the leading dimensions, with gaps. Where the
@@ -239,8 +253,9 @@ class _Drawer:
             self.dice.shuffle(order)
         gaps = [self.dice.choice((0, 0, 1, 3)) for _ in shape] if self.chance(0.4) else [0] * len(shape)
         step = 2 if copied and self.chance(0.04) else 1
-        padded = [leading[dim] + gaps[dim] for dim in order] + [last * step + gaps[-1]]
-        whole = self.storage(tuple(padded), dtype, self.dice.choice((0, 0, 1, 3, 8)))
+        row = -(-last * step // self.unit) * self.unit + gaps[-1] * self.unit
+        padded = [leading[dim] + gaps[dim] for dim in order] + [row]
+        whole = self.storage(tuple(padded), dtype, self.dice.choice((0, 0, 1, 3, 8)) * self.unit)
         for position, dim in enumerate(order):
             start = self.dice.randint(0, gaps[dim])
             whole = whole.narrow(position, start, leading[dim])
@@ -248,7 +263,7 @@ class _Drawer:
         return whole.permute([order.index(dim) for dim in range(len(leading))] + [len(leading)])
 
     def fill(self, x: torch.Tensor) -> torch.Tensor:
-        values = torch.randn(x.shape, generator=self.numbers)
+        values = torch.randn(x.shape, generator=self.numbers, device=self.device)
         return x.copy_((values.clamp(-448, 448) if x.dtype == FP8 else values).to(x.dtype))
 
     def values(self, shape: tuple[int, ...], dtype: torch.dtype, copied: bool = False) -> torch.Tensor:
@@ -287,8 +302,13 @@ class _Drawer:
     def draw_sizes(self) -> None:
         packed = self.function == "flash_attn_qkvpacked_func"
         types = self.forced.get("types", TYPES)
-        if self.device.type != "cpu":
-            types = [pair for pair in types if torch.float32 not in pair]
+        self.kind: Optional[Kind] = None
+        if self.kinds is not None:
+            kinds = [kind for kind in self.kinds if (kind.dtype, kind.dtype) in types]
+            if packed:
+                kinds = [kind for kind in kinds if kind.head_size == kind.head_size_v]
+            self.kind = self.dice.choice(kinds)
+            types = [(self.kind.dtype, self.kind.dtype)]
         self.dtype, self.dtype_k = self.dice.choice([pair for pair in types if not packed or pair[0] == pair[1]])
         self.wide = not packed and self.chance(0.7)  # spans many blocks of keys and several splits
         self.huge = self.chance(0.005)
@@ -298,29 +318,34 @@ class _Drawer:
         if self.heads > 16 and not self.huge:
             self.heads = self.heads_k * self.dice.choice((1, 2, 3))
 
-        def head_size() -> int:
-            return self.dice.choice(LARGE_HEAD_SIZES if self.chance(0.12) else SMALL_HEAD_SIZES)
-
-        self.d = head_size()
-        self.dv = self.d if packed or self.chance(0.5) else head_size()
+        self.d = self.head_size(self.kind and self.kind.head_size)
+        self.dv = self.head_size(self.kind and self.kind.head_size_v)
+        if packed or (self.chance(0.5) and (self.kind is None or self.kind.head_size == self.kind.head_size_v)):
+            self.dv = self.d
         # Keys of each sequence, then as many queries as keep the call cheap.
         self.lengths_k = [self.key_length() for _ in range(self.batch)]
         if self.wide and self.batch:
-            self.lengths_k[0] = self.dice.randint(4 * KEY_BLOCK, 9 * KEY_BLOCK)
+            self.lengths_k[0] = self.dice.randint(4 * KEY_BLOCK, self.most_blocks * KEY_BLOCK)
         work = max(1, sum(self.lengths_k)) * self.heads * (self.d + self.dv)
-        self.most_queries = int(min(700, max(1, (3e8 if self.huge else 1e7) / work)))
+        self.most_queries = int(min(self.most_rows, max(1, (3e8 if self.huge else self.most_work) / work)))
+
+    def head_size(self, of_kernel: Optional[int]) -> int:
+        """One of those that a kernel serves, or any."""
+        if of_kernel is None:
+            return self.dice.choice(LARGE_HEAD_SIZES if self.chance(0.12) else SMALL_HEAD_SIZES)
+        return of_kernel - self.dice.choice((0, 0, 0, STEP // 2, self.dice.randrange(STEP)))
 
     def key_length(self) -> int:
         if self.wide:
-            return self.dice.choice((0, 1, self.dice.randint(2, 130), self.dice.randint(4 * KEY_BLOCK, 9 * KEY_BLOCK)))
+            many = self.dice.randint(4 * KEY_BLOCK, self.most_blocks * KEY_BLOCK)
+            return self.dice.choice((0, 1, self.dice.randint(2, 130), many))
         if self.huge:
             return self.dice.randint(500, 2500)
         return self.dice.choice((0, 1, self.dice.randint(1, 20), self.dice.randint(1, 70), self.dice.randint(1, 140)))
 
     def query_length(self) -> int:
-        length = self.dice.choice(
-            (0, 1, 1, self.dice.randint(1, 8), self.dice.randint(1, 40), self.dice.randint(1, 700))
-        )
+        most = self.dice.randint(1, self.most_rows)
+        length = self.dice.choice((0, 1, 1, self.dice.randint(1, 8), self.dice.randint(1, 40), most))
         return min(length, self.most_queries)
 
     def cumulative(self, lengths: list[int], gap: bool) -> tuple[torch.Tensor, int]:
@@ -356,7 +381,7 @@ class _Drawer:
             self.arguments["seqused_q"] = self.indices(used)
         self.lengths_q = used if padded else lengths
         self.arguments["q"] = self.values((*self.rows, self.heads, self.d), self.dtype, copied=True)
-        if self.chance(0.15):
+        if self.chance(0.15) and self.is_served("qv"):
             self.arguments["qv"] = self.values((*self.rows, self.heads, self.dv), self.dtype, copied=True)
 
     def keys_and_values(self, shape: tuple[int, ...], names: tuple[str, str], copied: bool) -> None:
@@ -527,7 +552,7 @@ class _Drawer:
             rows = self.dice.randint(1, rows)
         half = 8 * self.dice.randint(1, self.d // 16)
         dtype = self.dice.choice((self.dtype, torch.bfloat16, torch.float16, torch.float32))
-        angles = 6.3 * torch.rand(rows, half, generator=self.numbers)
+        angles = 6.3 * torch.rand(rows, half, generator=self.numbers, device=self.device)
         self.arguments["rotary_cos"] = self.allocate((rows, half), dtype).copy_(angles.cos().to(dtype))
         self.arguments["rotary_sin"] = self.allocate((rows, half), dtype).copy_(angles.sin().to(dtype))
         self.arguments["rotary_interleaved"] = self.chance(0.5)
@@ -589,7 +614,7 @@ class _Drawer:
         a = normalise(self.function, arguments)
         if self.chance(0.5):
             arguments["softmax_scale"] = a.scale * 2 ** dice.uniform(-1, 1)
-        if self.chance(0.25):
+        if self.chance(0.25) if self.kind is None else self.kind.softcap:
             arguments["softcap"] = dice.choice((0.5, 2.0, 15.0, 50.0, 30))
         if self.chance(0.3):
             dtype = dice.choice((torch.bfloat16, torch.float16, torch.float32))
@@ -618,7 +643,7 @@ class _Drawer:
             dtype = dice.choice((torch.bfloat16, torch.float16)) if self.dtype == FP8 else self.dtype
             arguments["out"] = self.allocate((*self.rows, self.heads, self.dv), dtype)
         if self.function in ("flash_attn_varlen_func", "flash_attn_with_kvcache"):
-            self.with_metadata = self.chance(0.3)
+            self.with_metadata = self.chance(0.3) and self.is_served("scheduler metadata")
 
     def draw_scales(self) -> None:
         """The descales: some absent, some with odd strides, NaN where the type ignores them."""
@@ -644,7 +669,7 @@ class _Drawer:
             else:
                 parent = scale = self.allocate(shape, torch.float32)
             if dtype == FP8:
-                parent.copy_(0.6 + 0.8 * torch.rand(parent.shape, generator=self.numbers))
+                parent.copy_(0.6 + 0.8 * torch.rand(parent.shape, generator=self.numbers, device=self.device))
             self.arguments[name] = scale
 
     def poison(self, a: Arguments) -> None:

@@ -6,9 +6,20 @@ import random
 from types import ModuleType
 
 import pytest
+import torch
+from environment import DEVICE, RUN_SEED
+from kernels import NOT_SERVED, compile_kernels
 
-# The seed of the run: every test that draws numbers starts from it. MATE_SEED=N repeats a run.
-RUN_SEED = int(os.environ.get("MATE_SEED") or random.SystemRandom().randrange(2**31))
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "needs(*features): what the test needs that some backends may not serve: names of kernels.NOT_SERVED"
+    )
+    if DEVICE != "cpu" and not torch.cuda.is_available():
+        raise pytest.UsageError(
+            f"MATE_TEST_DEVICE={DEVICE} needs an NVIDIA GPU and PyTorch's build for CUDA; PyTorch {torch.__version__} "
+            "sees no GPU here"
+        )
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -22,6 +33,28 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return lines
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU only the tests that touch it run. Those that need what is not served there must be refused."""
+    if DEVICE == "cpu":
+        return
+    others = [item for item in items if "device" not in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
+    for item in items:
+        needed = [name for marker in item.iter_markers("needs") for name in marker.args if name in NOT_SERVED]
+        if needed:
+            reason = f"not served on an NVIDIA GPU yet: {', '.join(needed)}"
+            item.add_marker(pytest.mark.xfail(raises=NotImplementedError, strict=True, reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels(request: pytest.FixtureRequest) -> None:
+    """The kernels of the run, before its first test."""
+    if DEVICE != "cpu":
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            compile_kernels()
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A seed for one test, new in each run."""
@@ -31,7 +64,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where the tensors of the tests live."""
-    return os.environ.get("MATE_TEST_DEVICE", "cpu")
+    return DEVICE
 
 
 @pytest.fixture(scope="session")

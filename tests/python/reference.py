@@ -1,8 +1,8 @@
 """The judge: attention in float64, written straight from the contract of the calls.
 
 `evaluate(function, arguments)` takes the name of a call and its keyword arguments and says what the call must
-return and how its arguments must look afterwards. It is plain loops over sequences and heads, slow and easy
-to check by eye; it shares no code with the library.
+return and how its arguments must look afterwards. It is plain loops over sequences and heads of keys, slow and
+easy to check by eye, on whatever device the arguments are; it shares no code with the library.
 """
 
 import copy
@@ -243,11 +243,12 @@ def attend(
     see: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
-    sink: Optional[float] = None,
+    sink: Any = None,
     qv: Optional[torch.Tensor] = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One head of one sequence, all float64: q (sq, d), k (sk, d), v (sk, dv), see (sq, sk). Returns out (sq,
-    dv), lse (sq,), and sqrt(sum (p v)**2) (sq, dv), which says how large the terms of out are."""
+    """One head of keys of one sequence, all float64: q (sq, d), k (sk, d), v (sk, dv), see (sq, sk). Returns out
+    (sq, dv), lse (sq,), and sqrt(sum (p v)**2) (sq, dv), which says how large the terms of out are. q, qv and the
+    results may have heads in front, and sink then one number for each."""
     s = q @ k.T
     if qv is not None:
         s = s + qv @ v.T
@@ -256,9 +257,11 @@ def attend(
         s = softcap * torch.tanh(s / softcap)
     s = s.masked_fill(~see, -torch.inf)
     # The sink is one more score, which has no value.
-    last = s.new_full((len(s), 1), -torch.inf if sink is None else sink)
-    lse = torch.logsumexp(torch.cat([s, last], 1), 1)
-    p = torch.exp(s - lse[:, None]).masked_fill(torch.isneginf(lse)[:, None], 0)
+    last = s.new_full((*s.shape[:-1], 1), -torch.inf)
+    if sink is not None:
+        last[:] = torch.as_tensor(sink)[..., None, None]
+    lse = torch.logsumexp(torch.cat([s, last], -1), -1)
+    p = torch.exp(s - lse[..., None]).masked_fill(torch.isneginf(lse)[..., None], 0)
     v = v.masked_fill(~see.any(0)[:, None], 0)  # a key that no row sees never reaches a result
     return p @ v, lse, torch.sqrt((p * p) @ (v * v))
 
@@ -369,30 +372,32 @@ def evaluate(function: str, arguments: dict) -> Expected:
             append(normalise(function, version), contraction)
     a = normalise(function, after[0])
 
-    heads, heads_k, dv = a.q.shape[-2], a.k.shape[-2], a.v.shape[-1]
+    heads_k, dv = a.k.shape[-2], a.v.shape[-1]
+    group = a.q.shape[-2] // heads_k
     out = torch.zeros(*a.q.shape[:-1], dv, dtype=torch.float64, device=a.q.device)
     magnitude = torch.zeros_like(out)
     lse = torch.full(a.q.shape[:-1], -torch.inf, dtype=torch.float64, device=a.q.device)
     q_descale = a.q_descale if a.q.dtype == FP8 else None
     k_descale, v_descale = (a.k_descale, a.v_descale) if a.k.dtype == FP8 else (None, None)
-    sinks = None if a.learnable_sink is None else a.learnable_sink.double().tolist()
+    sinks = None if a.learnable_sink is None else a.learnable_sink.double()
     for s in sequences(a):
         q = scaled(queries(a, s), q_descale, s.index)
         qv = None if a.qv is None else scaled(take(a.qv, s.rows), q_descale, s.index)
         k = scaled(take(a.k, s.keys), k_descale, s.index)
         v = scaled(take(a.v, s.keys), v_descale, s.index)
         see = visible(s.sq, s.sk, **a.mask, total=s.total, device=a.q.device)
-        for head in range(heads):
-            head_k = head // (heads // heads_k)
-            where = (*s.rows, head)
-            out[where], lse[where], magnitude[where] = attend(
-                q[:, head],
+        for head_k in range(heads_k):
+            of_group = slice(head_k * group, (head_k + 1) * group)
+            results = attend(
+                q[:, of_group].transpose(0, 1),
                 k[:, head_k],
                 v[:, head_k],
                 see,
                 a.scale,
                 a.softcap,
-                None if sinks is None else sinks[head],
-                None if qv is None else qv[:, head],
+                None if sinks is None else sinks[of_group],
+                None if qv is None else qv[:, of_group].transpose(0, 1),
             )
+            for whole, part in zip((out, lse, magnitude), results):
+                whole[(*s.rows, of_group)] = part.transpose(0, 1)
     return Expected(out, lse.transpose(-1, -2), magnitude, after)

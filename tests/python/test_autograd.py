@@ -38,6 +38,7 @@ def test_backward_names_the_function(mate: ModuleType, device: str, function: st
         out.float().nansum().backward()
 
 
+@pytest.mark.needs("combine")
 def test_backward_of_combine(mate: ModuleType, device: str) -> None:
     out = torch.randn(2, 1, 3, 2, 8, device=device, requires_grad=True)
     lse = torch.randn(2, 1, 3, 2, device=device)
@@ -47,6 +48,7 @@ def test_backward_of_combine(mate: ModuleType, device: str) -> None:
         merged.sum().backward()
 
 
+@pytest.mark.needs("appending")
 def test_backward_of_append(mate: ModuleType, device: str) -> None:
     """New keys that require grad are written into the cache all the same."""
     q, k = (torch.randn(1, 1, 2, 8, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
@@ -70,6 +72,7 @@ def test_without_grad_nothing_is_recorded(mate: ModuleType, device: str, functio
         assert same_bits(call.run(mate), (out, lse))
 
 
+@pytest.mark.needs("float8_e4m3fn")
 @pytest.mark.parametrize("name", ["q_descale", "v_descale", "learnable_sink"])
 def test_backward_of_scales_and_sinks(mate: ModuleType, device: str, name: str) -> None:
     q = torch.randn(1, 3, 2, 8, device=device, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
@@ -79,6 +82,7 @@ def test_backward_of_scales_and_sinks(mate: ModuleType, device: str, name: str) 
         out.float().sum().backward()
 
 
+@pytest.mark.needs("appending")
 def test_what_is_written_is_known_to_autograd(mate: ModuleType, device: str) -> None:
     """Tensors that a graph has saved and a call then overwrites are noticed when backward needs them."""
     q, cache = (torch.randn(1, n, 2, 8, device=device, dtype=torch.bfloat16) for n in (1, 4))

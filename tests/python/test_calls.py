@@ -2,10 +2,12 @@
 
 import copy
 from collections import Counter
+from types import ModuleType
 
 import torch
 from calls import FUNCTIONS, TYPES, Call, draw, key_blocks_spanned
-from judge import same_bits
+from judge import check, same_bits
+from kernels import NOT_SERVED, STEP, draw_kinds, not_served
 from reference import FP8, evaluate, sequences
 
 CALLS = 900
@@ -146,3 +148,30 @@ def test_poison_surrounds_what_is_read_and_does_not_reach_the_reference(seed: in
             if isinstance(value, torch.Tensor):
                 assert same_bits(value, before[name]), "the reference changed an argument"
     assert poisoned > 20
+
+
+def test_calls_for_a_gpu_keep_to_few_kernels_and_to_what_is_served(mate: ModuleType, seed: int) -> None:
+    most = 120
+    kinds = draw_kinds(seed, most)
+    assert most - 8 < len({name for kind in kinds for name in kind.sources}) <= most
+    counts: Counter = Counter()
+    for i in range(300):
+        call = draw(seed + i, kinds=kinds)
+        assert not_served(call) == []
+        a = call.normalised
+        size, size_v = (-(-x.shape[-1] // STEP) * STEP for x in (a.q, a.v))
+        assert (size, size_v, a.q.dtype, a.softcap > 0) in kinds
+        rows = [x.stride(dim) for x in (a.q, a.k, a.v) for dim in range(x.dim() - 1) if x.shape[dim] > 1]
+        counts["aligned"] += all(x.storage_offset() % 8 == 0 for x in (a.q, a.k, a.v)) and not any(n % 8 for n in rows)
+        counts.update(features(call))
+        if i < 60:
+            check(call, mate)
+    assert counts["aligned"] > 60
+    assert 300 - counts["aligned"] > 60
+    served = {"flash_attn_with_kvcache", "cache_leftpad", "cache_batch_idx", "context parallel", "chunk", "grouped"}
+    assert not served - set(counts), "never drawn"
+
+
+def test_everything_that_a_gpu_does_not_serve_is_drawn(seed: int) -> None:
+    asked = {feature for i in range(200) for feature in not_served(draw(seed + i))}
+    assert asked == set(NOT_SERVED) - {"combine"}

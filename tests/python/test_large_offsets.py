@@ -2,11 +2,19 @@
 
 from types import ModuleType
 
+import pytest
 import torch
 from judge import same_bits
+from kernels import NOT_SERVED
 from reference import FP8
 
 FAR = 2**31 + 64
+
+
+def values(*shape: int, device: str) -> torch.Tensor:
+    """Of the smallest type that the device's backend serves."""
+    x = torch.randn(shape, device=device)
+    return x.to(FP8) if device == "cpu" or "float8_e4m3fn" not in NOT_SERVED else x.to(torch.bfloat16)
 
 
 def far_apart(x: torch.Tensor) -> torch.Tensor:
@@ -17,9 +25,10 @@ def far_apart(x: torch.Tensor) -> torch.Tensor:
     return result.copy_(x)
 
 
+@pytest.mark.needs("appending")
 def test_cache_rows(mate: ModuleType, device: str) -> None:
     q = torch.randn(2, 3, 4, 16, device=device, dtype=torch.bfloat16)
-    cache_k, cache_v = (torch.randn(2, 90, 2, 16, device=device).to(FP8) for _ in range(2))
+    cache_k, cache_v = (values(2, 90, 2, 16, device=device) for _ in range(2))
     new = torch.randn(2, 3, 2, 16, device=device, dtype=torch.bfloat16)
     options = {"cache_seqlens": 80, "causal": True, "return_softmax_lse": True}
     far_k, far_v = far_apart(cache_k), far_apart(cache_v)
@@ -29,9 +38,10 @@ def test_cache_rows(mate: ModuleType, device: str) -> None:
     assert same_bits((far_k, far_v), (cache_k, cache_v))
 
 
+@pytest.mark.needs("paged keys")
 def test_pages(mate: ModuleType, device: str) -> None:
     q = torch.randn(1, 3, 4, 16, device=device, dtype=torch.bfloat16)
-    pages = torch.randn(2, 40, 2, 16, device=device).to(FP8)
+    pages = values(2, 40, 2, 16, device=device)
     table = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
     options = {"cache_seqlens": 71, "page_table": table, "return_softmax_lse": True}
     far = far_apart(pages)
@@ -40,7 +50,13 @@ def test_pages(mate: ModuleType, device: str) -> None:
 
 
 def test_queries_and_out(mate: ModuleType, device: str) -> None:
-    q, k = (torch.randn(2, n, 2, 8, device=device).to(FP8) for n in (5, 30))
+    q, k = (values(2, n, 2, 8, device=device) for n in (5, 30))
     out = far_apart(torch.zeros(2, 5, 2, 8, device=device, dtype=torch.bfloat16))
     got = mate.flash_attn_func(far_apart(q), k, k, out=out)
     assert same_bits(got, mate.flash_attn_func(q, k, k))
+
+
+def test_keys(mate: ModuleType, device: str) -> None:
+    q, k, v = (values(2, n, 2, 16, device=device) for n in (5, 90, 90))
+    got = mate.flash_attn_func(q, far_apart(k), far_apart(v), causal=True, return_attn_probs=True)
+    assert same_bits(got, mate.flash_attn_func(q, k, v, causal=True, return_attn_probs=True))

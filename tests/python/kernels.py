@@ -1,0 +1,94 @@
+"""What the backend of NVIDIA GPUs serves, and which of its kernels a run of the tests uses.
+
+A kernel takes seconds to compile. So the calls of a run keep to some kinds, new in each run, whose kernels are
+compiled before the first test, all of them side by side.
+"""
+
+import functools
+import importlib
+import os
+import random
+from typing import Any, NamedTuple
+
+import torch
+from environment import RUN_SEED
+from reference import FP8
+
+LARGEST_HEAD_SIZE = 256
+# What is not served yet, and what the error says then. The documentation has the same list.
+NOT_SERVED = {
+    "float32": "float32 is served on the CPU only",
+    "float8_e4m3fn": "does not serve float8_e4m3fn yet",
+    "qv": "does not serve qv yet",
+    "wide heads": "does not serve head sizes above 256 .* yet",
+    "paged keys": r"does not serve paged keys \(page_table\) yet",
+    "appending": "does not serve appending to a cache yet",
+    "scheduler metadata": "no backend for this call on the device",
+    "combine": "no backend for this call on the device",
+}
+
+
+def not_served(call: Any) -> list[str]:
+    """What the call asks for that is not served on a GPU."""
+    a = call.normalised
+    asked = {
+        "float32": torch.float32 in (a.q.dtype, a.k.dtype),
+        "float8_e4m3fn": FP8 in (a.q.dtype, a.k.dtype),
+        "qv": a.qv is not None,
+        "wide heads": max(a.q.shape[-1], a.v.shape[-1]) > LARGEST_HEAD_SIZE,
+        "paged keys": a.page_table is not None,
+        "appending": a.k_new is not None,
+        "scheduler metadata": call.with_metadata,
+    }
+    return [feature for feature, is_asked in asked.items() if is_asked and feature in NOT_SERVED]
+
+
+class Kind(NamedTuple):
+    """Calls that share their kernels, but for masks and alignment: up to four of them."""
+
+    head_size: int  # of keys, the largest that the kernels serve
+    head_size_v: int
+    dtype: torch.dtype
+    softcap: bool = False
+
+    @property
+    def sources(self) -> dict[str, str]:
+        return dict(importlib.import_module("mate")._library.kernel_sources(*self))
+
+
+STEP = 16  # kernels are made for head sizes that are multiples of it
+# Those of the tests that choose their head sizes themselves, and some of all models' sizes.
+FIXED = (
+    *(Kind(16, 16, dtype, softcap) for dtype in (torch.bfloat16, torch.float16) for softcap in (False, True)),
+    *(Kind(16, size, torch.bfloat16) for size in (32, 64)),
+    Kind(32, 32, torch.bfloat16, True),
+    *(Kind(size, size, dtype) for dtype in (torch.bfloat16, torch.float16) for size in (64, 128, 256)),
+    Kind(192, 128, torch.bfloat16),
+)
+
+
+def draw_kinds(seed: Any, most_kernels: int) -> list[Kind]:
+    """The fixed kinds, and as many others as there may be kernels."""
+    dice = random.Random(f"{seed} kinds")
+    kinds = list(FIXED)
+    names = {name for kind in kinds for name in kind.sources}
+    while True:
+        size = STEP * dice.randint(1, LARGEST_HEAD_SIZE // STEP)
+        size_v = size if dice.random() < 0.5 else STEP * dice.randint(1, LARGEST_HEAD_SIZE // STEP)
+        kind = Kind(size, size_v, dice.choice((torch.bfloat16, torch.float16)), dice.random() < 0.3)
+        names |= set(kind.sources)
+        if len(names) > most_kernels:
+            return kinds
+        if kind not in kinds:
+            kinds.append(kind)
+
+
+@functools.cache
+def kinds_of_run() -> list[Kind]:
+    return draw_kinds(RUN_SEED, int(os.environ.get("MATE_TEST_KERNELS", "160")))
+
+
+def compile_kernels() -> None:
+    """Compiles what the calls of this run need, unless it is compiled already."""
+    warmup = importlib.import_module("mate._warmup")
+    warmup.compile_kernels({name: text for kind in kinds_of_run() for name, text in kind.sources.items()})

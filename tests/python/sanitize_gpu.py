@@ -1,0 +1,132 @@
+"""NVIDIA's compute-sanitizer over small calls of each kind: `make sanitize-gpu`.
+
+    python tests/python/sanitize_gpu.py [--reports FOLDER] [TOOL ...]
+
+Compiles the kernels, then makes the calls under each tool, all of them by default. Leaves one report a tool, and fails
+where one of them has found something or where a result is wrong. The calls are the same in each run; MATE_SEED=N draws
+others. Nothing but the library's kernels runs on the GPU: inputs are made, and results are judged, on the host.
+"""
+
+import argparse
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from calls import Call, draw
+from judge import check_result
+from kernels import Kind
+from reference import evaluate
+
+import mate
+from mate._warmup import compile_kernels
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+KINDS = (
+    Kind(64, 64, torch.bfloat16),
+    Kind(64, 64, torch.bfloat16, softcap=True),
+    Kind(128, 128, torch.bfloat16),
+    Kind(80, 48, torch.float16),
+    Kind(256, 256, torch.float16),
+)
+MOST_KERNELS = 20
+CALLS_OF_KIND = 8
+SEED = int(os.environ.get("MATE_SEED", "1"))
+
+
+def calls() -> list[Call]:
+    """On the CPU. Every other one runs on one multiprocessor, which then takes all of the tiles."""
+    result = []
+    for number, kind in enumerate(KINDS):
+        seeds = itertools.count(SEED * 1_000_003 + number * 1000)
+        drawn = (draw(seed, kinds=[kind]) for seed in seeds)
+        with_rows = (call for call in drawn if call.normalised.q.numel() > 0)
+        chosen = [several_tiles(kind, causal) for causal in (False, True)]
+        chosen += itertools.islice(with_rows, CALLS_OF_KIND - len(chosen))
+        for call in chosen[::2]:
+            call.arguments["sm_margin"] = 10_000
+        result += chosen
+    return result
+
+
+def several_tiles(kind: Kind, causal: bool) -> Call:
+    """A call with several tiles of queries for each head, of several blocks of keys."""
+    numbers = torch.Generator().manual_seed(SEED)
+    shapes = {"q": (1, 300, 4, kind.head_size), "k": (1, 400, 2, kind.head_size), "v": (1, 400, 2, kind.head_size_v)}
+    tensors = {name: torch.randn(shape, generator=numbers).to(kind.dtype) for name, shape in shapes.items()}
+    softcap = 5.0 if kind.softcap else 0.0
+    return Call("flash_attn_func", {**tensors, "causal": causal, "softcap": softcap, "return_attn_probs": True})
+
+
+def moved(x: torch.Tensor, device: Any, storages: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The tensor on another device with all that surrounds it in memory, copied without the help of a kernel."""
+    key = x.untyped_storage().data_ptr()
+    if key not in storages:
+        storages[key] = torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage()).to(device)
+    return storages[key].view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def make_calls(device: str) -> None:
+    for call in calls():
+        storages: dict[int, torch.Tensor] = {}
+        arguments = {
+            name: moved(x, device, storages) if isinstance(x, torch.Tensor) and x.dim() > 0 else x
+            for name, x in call.arguments.items()
+        }
+        out, lse = Call(call.function, arguments).run(mate)
+        lse = None if lse is None else moved(lse, "cpu", {})
+        check_result(moved(out, "cpu", {}), lse, evaluate(call.function, call.arguments), out.dtype)
+
+
+def find_sanitizer() -> str:
+    folders = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    places = os.pathsep.join([os.environ.get("PATH", ""), *(f"{folder}/bin" for folder in folders)])
+    found = shutil.which("compute-sanitizer", path=places)
+    if found is None:
+        sys.exit("compute-sanitizer is not on the PATH: it comes with the CUDA toolkit")
+    return found
+
+
+def run_tool(sanitizer: str, tool: str, reports: Path) -> bool:
+    """Makes the calls under a tool, and says whether all is well."""
+    report = reports / f"{tool}.txt"
+    report.unlink(missing_ok=True)
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--log-file", str(report)]
+    command += [sys.executable, __file__, "--calls"]
+    began = time.monotonic()
+    result = subprocess.run(command, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    lines = report.read_text().splitlines() if report.exists() else ["no report"]
+    print(f"{tool}: {lines[-1].strip('= ')} ({time.monotonic() - began:.0f} s; {report})", flush=True)
+    if result.returncode != 0:
+        print("\n".join([*lines[:40], f"exit status {result.returncode}"]), flush=True)
+    return result.returncode == 0
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tools", nargs="*", metavar="TOOL", default=[], help=f"of {', '.join(TOOLS)}")
+    parser.add_argument("--reports", type=Path, default=Path("build/sanitize-gpu"), help="where reports go")
+    parser.add_argument("--calls", action="store_true", help="only make the calls, under no tool")
+    parser.add_argument("--device", default="cuda", help="where the calls are made")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.tools) - set(TOOLS):
+        parser.error(f"there is no tool {', '.join(sorted(unknown))}")
+    if options.calls:
+        make_calls(options.device)
+        return
+    sanitizer = find_sanitizer()
+    sources = {name: text for kind in KINDS for name, text in kind.sources.items()}
+    assert len(sources) <= MOST_KERNELS
+    compile_kernels(sources)
+    options.reports.mkdir(parents=True, exist_ok=True)
+    well = [run_tool(sanitizer, tool, options.reports) for tool in options.tools or TOOLS]
+    sys.exit(0 if all(well) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,421 @@
+"""What a call on an NVIDIA GPU owes its caller besides the right numbers: graphs, streams, threads, any strides, any
+size, and nothing out of bounds whatever the tensors hold. `make test-gpu` runs these, and the other tests that touch
+the device."""
+
+import copy
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any, Optional
+
+import pytest
+import torch
+from calls import Call, draw_some
+from environment import DEVICE
+from judge import check, check_result, error, same_bits, storage
+from kernels import NOT_SERVED
+from reference import FP8, evaluate
+
+pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="for an NVIDIA GPU: make test-gpu")
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def randn(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def int32(*values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def normal(**options: Any) -> Call:
+    arguments = {"q": randn(2, 300, 8, 64), "k": randn(2, 500, 2, 64), "v": randn(2, 500, 2, 64)}
+    return Call("flash_attn_func", {**arguments, "causal": True, "return_attn_probs": True, **options})
+
+
+def ragged(lengths_q: tuple = (300, 1, 129, 0), lengths_k: tuple = (500, 64, 129, 7), **options: Any) -> Call:
+    arguments = {
+        "q": randn(sum(lengths_q), 8, 64),
+        "k": randn(sum(lengths_k), 2, 64),
+        "v": randn(sum(lengths_k), 2, 64),
+        "cu_seqlens_q": torch.nn.functional.pad(int32(*lengths_q).cumsum(0, dtype=torch.int32), (1, 0)),
+        "cu_seqlens_k": torch.nn.functional.pad(int32(*lengths_k).cumsum(0, dtype=torch.int32), (1, 0)),
+        "max_seqlen_q": max(lengths_q),
+        "max_seqlen_k": max(lengths_k),
+    }
+    return Call("flash_attn_varlen_func", {**arguments, "causal": True, "return_attn_probs": True, **options})
+
+
+def capture(call: Call, mate: ModuleType) -> tuple[torch.cuda.CUDAGraph, tuple]:
+    """A graph of the call, and the tensors that it writes. Any wait for the device would make the capture fail."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call.run(mate)
+    return graph, results
+
+
+# Graphs, streams and threads.
+
+
+@pytest.mark.parametrize("make", [normal, ragged])
+def test_a_graph_serves_other_values_and_lengths(mate: ModuleType, device: str, make: Callable[[], Call]) -> None:
+    call = make()
+    want = call.run(mate)
+    graph, results = capture(call, mate)
+    for tensor in results:
+        tensor.fill_(torch.nan)
+    graph.replay()
+    assert same_bits(results, want)
+    other = {name: randn(*call.arguments[name].shape) for name in ("q", "k", "v")}
+    if "cu_seqlens_q" in call.arguments:
+        other |= {"cu_seqlens_q": int32(0, 0, 299, 300, 430), "cu_seqlens_k": int32(0, 10, 400, 401, 700)}
+    for name, value in other.items():
+        call.arguments[name].copy_(value)
+    graph.replay()
+    assert same_bits(results, Call(call.function, {**call.arguments, **other}).run(mate))
+    check_result(*results, evaluate(call.function, call.arguments), BF16)
+
+
+FIRST_CALL_IN_A_CAPTURE = """
+import torch, mate
+q = torch.randn(1, 200, 2, 64, device="cuda", dtype=torch.bfloat16)
+graph = torch.cuda.CUDAGraph()
+try:
+    with torch.cuda.graph(graph):
+        out = mate.flash_attn_func(q, q, q, causal=True)
+except RuntimeError as reason:
+    assert "warm" in str(reason), reason
+else:
+    graph.replay()
+    assert torch.equal(out, mate.flash_attn_func(q, q, q, causal=True))
+"""
+
+
+def test_the_first_call_of_a_process_in_a_capture(device: str) -> None:
+    """It works, or asks for a warm-up."""
+    subprocess.run([sys.executable, "-c", FIRST_CALL_IN_A_CAPTURE], check=True)
+
+
+def test_a_thousand_replays_on_two_streams_at_once_give_equal_bits(mate: ModuleType, device: str) -> None:
+    graphs = []
+    calls = [normal(), ragged()]
+    for call in calls:
+        want = call.run(mate)
+        graphs.append((torch.cuda.Stream(), *capture(call, mate), want, torch.zeros((), device=device)))
+    torch.cuda.synchronize()
+    for _ in range(1000):
+        for stream, graph, results, want, wrong in graphs:
+            with torch.cuda.stream(stream):
+                graph.replay()
+                for got, right in zip(results, want):
+                    wrong += (got != right).any()
+                    got.fill_(torch.nan)
+    torch.cuda.synchronize()
+    assert [int(wrong) for *_, wrong in graphs] == [0, 0]
+
+
+def test_a_call_runs_on_the_stream_of_its_caller(mate: ModuleType, device: str) -> None:
+    call = normal()
+    want = call.run(mate)
+    late = {name: torch.zeros_like(call.arguments[name]) for name in ("q", "k", "v")}
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # 50 ms or more
+        for name, tensor in late.items():
+            tensor.copy_(call.arguments[name])
+        got = Call(call.function, {**call.arguments, **late}).run(mate)
+        assert not stream.query(), "the call waited for the device"
+    stream.synchronize()
+    assert same_bits(got, want)
+
+
+def test_no_call_waits_for_the_device(mate: ModuleType, device: str) -> None:
+    calls = [normal(), ragged(), ragged(seqused_q=int32(1, 1, 5, 0), seqused_k=int32(500, 3, 0, 7))]
+    for call in calls:
+        call.run(mate)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(100_000_000)
+    for call in calls:
+        call.run(mate)
+    assert not torch.cuda.current_stream().query(), "a call waited for the device"
+
+
+def test_calls_from_several_threads(mate: ModuleType, device: str, seed: int) -> None:
+    calls = list(draw_some(64, seed, device=device))
+    want = [copy.deepcopy(call).run(mate) for call in calls]
+    torch.cuda.synchronize()
+
+    def work(first: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            got = [copy.deepcopy(call).run(mate) for call in calls[first:] + calls[:first]]
+            torch.cuda.current_stream().synchronize()
+        return same_bits(got[len(calls) - first :] + got[: len(calls) - first], want)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(0, 64, 8)))
+
+
+def test_every_gpu_of_the_machine(mate: ModuleType, device: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU here")
+    call = normal()
+    want = call.run(mate)
+    for i in range(torch.cuda.device_count()):
+        arguments = {name: x.to(i) if isinstance(x, torch.Tensor) else x for name, x in call.arguments.items()}
+        got = Call(call.function, arguments).run(mate)  # while another GPU is the current one
+        assert same_bits([x.to(device) for x in got], want)
+
+
+@pytest.mark.parametrize("margin", [1, 8, 100, 131, 132, 10_000])
+@pytest.mark.parametrize("make", [normal, ragged])
+def test_multiprocessors_left_free(mate: ModuleType, device: str, make: Callable, margin: int) -> None:
+    check(make(sm_margin=margin), mate)
+
+
+# Layouts.
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """At an address that is aligned to 2 bytes alone."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
+
+
+def padded_by(elements: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((*x.shape[:-1], x.shape[-1] + elements), torch.nan, dtype=x.dtype, device=x.device)
+        wide[..., : x.shape[-1]] = x
+        return wide[..., : x.shape[-1]]
+
+    return strided
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "rows first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "heads outermost": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "shifted": shifted,
+    "gaps of 2 bytes": padded_by(1),
+    "gaps of 8 bytes": padded_by(4),
+    "gaps of 16 bytes": padded_by(8),
+    "one head for all": lambda x: x[:, :, :1].expand(x.shape),
+    "one row for all": lambda x: x[:, :1].expand(x.shape),
+    "one sequence for all": lambda x: x[:1].expand(x.shape),
+    "last dimension not contiguous": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", ["q", "k", "v", "all"])
+@pytest.mark.parametrize("size", [64, 100])
+def test_strides(mate: ModuleType, device: str, layout: str, which: str, size: int) -> None:
+    shapes = {"q": (2, 200, 4, size), "k": (2, 300, 2, size), "v": (2, 300, 2, size)}
+    tensors = {name: randn(*shape) for name, shape in shapes.items()}
+    for name in tensors if which == "all" else which:
+        tensors[name] = LAYOUTS[layout](tensors[name])
+    check(Call("flash_attn_func", {**tensors, "causal": True, "return_attn_probs": True}), mate)
+
+
+@pytest.mark.parametrize(
+    "layout", ["heads first", "rows first", "shifted", "gaps of 2 bytes", "gaps of 8 bytes", "gaps of 16 bytes"]
+)
+@pytest.mark.parametrize("size", [64, 100])
+def test_strides_of_out(mate: ModuleType, device: str, layout: str, size: int) -> None:
+    tensors = {name: randn(2, 200, 4, size) for name in ("q", "k", "v")}
+    out = LAYOUTS[layout](torch.full_like(tensors["q"], torch.nan))
+    check(Call("flash_attn_func", {**tensors, "out": out, "return_attn_probs": True}), mate)
+
+
+# Lengths, and log-sum-exp.
+
+
+@pytest.mark.parametrize("sink", [None, 0.5])
+@pytest.mark.parametrize("keys", ["normal", "ragged", "padded"])
+@pytest.mark.parametrize("queries", ["normal", "ragged", "padded", "ragged and padded"])
+def test_lse_in_every_mode(mate: ModuleType, device: str, queries: str, keys: str, sink: Optional[float]) -> None:
+    b, sq, sk, h = 3, 150, 200, 4
+    arguments: dict[str, Any] = {"q": randn(b, sq, h, 64), "k": randn(b, sk, 2, 64), "v": randn(b, sk, 2, 64)}
+    arguments |= {"cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": None, "max_seqlen_k": None}
+    if "ragged" in queries:
+        arguments |= {"q": randn(b * sq, h, 64), "cu_seqlens_q": int32(5, 100, 100, 440), "max_seqlen_q": 340}
+    if "padded" in queries:
+        arguments["seqused_q"] = int32(90, 0, 140)
+    if keys == "ragged":
+        arguments |= {"k": randn(b * sk, 2, 64), "v": randn(b * sk, 2, 64)}
+        arguments |= {"cu_seqlens_k": int32(0, 300, 300, 600), "max_seqlen_k": 300}
+    if keys == "padded":
+        arguments["seqused_k"] = int32(200, 0, 1)
+    if sink is not None:
+        arguments["learnable_sink"] = torch.full((h,), sink, device=device)
+    call = Call("flash_attn_varlen_func", {**arguments, "causal": True, "return_attn_probs": True})
+    _, lse = call.run(mate)
+    assert lse.shape == ((h, b * sq) if "ragged" in queries else (b, h, sq))
+    check(call, mate)
+    without = Call(call.function, {**call.arguments, "return_attn_probs": False})
+    assert same_bits(without.run(mate)[0], call.run(mate)[0])
+
+
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k"),
+    [
+        ((0, 0), (0, 0)),
+        ((0, 0), (5, 9)),
+        ((3, 200), (0, 0)),
+        ((0, 200, 0, 1, 0), (300, 0, 0, 1, 7)),
+        ((0,) * 300 + (1,), (1,) * 301),
+        ((), ()),
+    ],
+    ids=lambda lengths: str(lengths[:5]),
+)
+@pytest.mark.parametrize("pack", [False, True])
+def test_sequences_of_no_length(mate: ModuleType, device: str, lengths_q: tuple, lengths_k: tuple, pack: bool) -> None:
+    if lengths_q:
+        check(ragged(lengths_q, lengths_k, pack_gqa=pack), mate)
+    for b, sq, sk in ((0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 0, 0)):
+        arguments = {"q": randn(b, sq, 4, 64), "k": randn(b, sk, 2, 64), "v": randn(b, sk, 2, 64), "pack_gqa": pack}
+        check(Call("flash_attn_func", {**arguments, "return_attn_probs": True}), mate)
+
+
+@pytest.mark.parametrize("lowest", [-5, -(2**31)])
+def test_wrong_lengths_stay_inside_the_tensors(mate: ModuleType, device: str, seed: int, lowest: int) -> None:
+    """Lengths and offsets that the host cannot see are limited: the call ends, and writes nothing around its out."""
+    dice = random.Random(seed)
+    names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+    for _ in range(40):
+        call = ragged()
+        call.arguments |= {"seqused_q": int32(1, 1, 1, 1), "seqused_k": int32(1, 1, 1, 1)}
+        for name in dice.sample(names, dice.randint(1, 4)):
+            call.arguments[name] = int32(*(dice.randint(lowest, 2**31 - 1) for _ in call.arguments[name]))
+        surroundings = torch.full((8 + len(call.arguments["q"]), 8, 72), 7, device=device, dtype=BF16)
+        out = surroundings[4:-4, :, :64]
+        before = surroundings.clone()
+        call.run(mate, out=out)
+        out.copy_(before[4:-4, :, :64])
+        assert same_bits(storage(surroundings), storage(before))
+    check(ragged(), mate)  # the device still works
+
+
+# Scales that few calls have.
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("scale", [0.0, -0.2])
+def test_scales_that_are_not_positive(mate: ModuleType, device: str, scale: float, softcap: float) -> None:
+    """Their kernels are made here, side by side."""
+
+    def check_one(size: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            tensors = {name: randn(2, 200, 2, size) for name in ("q", "k", "v")}
+            options = {"softmax_scale": scale, "softcap": softcap, "return_attn_probs": True}
+            check(Call("flash_attn_func", {**tensors, **options}), mate)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(check_one, (64, 128, 256)))
+
+
+# Accuracy: at most what FlashAttention-3 has, and a few hundredths for the noise.
+
+
+def outliers(*shape: int) -> torch.Tensor:
+    x = torch.randn(shape, device=DEVICE, dtype=torch.float64)
+    return x + 10 * torch.randn_like(x) * (torch.rand_like(x) < 0.001)
+
+
+BARS = {
+    ("normal", False): {BF16: 2.4e-3, FP16: 3.0e-4},
+    ("normal", True): {BF16: 2.15e-3, FP16: 2.65e-4},
+    ("outliers", False): {BF16: 1.6e-3, FP16: 2.15e-4},
+    ("outliers", True): {BF16: 1.75e-3, FP16: 2.25e-4},
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("inputs", ["normal", "outliers"])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_accuracy(mate: ModuleType, device: str, size: int, inputs: str, causal: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values = randn if inputs == "normal" else outliers
+    tensors = {name: values(2, 2048, 8, size).to(dtype) for name in ("q", "k", "v")}
+    arguments = {**tensors, "causal": causal}
+    whole = float(error(mate.flash_attn_func(**arguments), evaluate("flash_attn_func", arguments).out))
+    assert whole <= BARS[inputs, causal][dtype], f"relative error {whole:.3g}"
+
+
+# Sizes.
+
+
+def needs_memory(gigabytes: int) -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GiB of GPU memory, and {free:.0f} are free")
+
+
+def test_more_keys_than_2_to_the_31_elements(mate: ModuleType, device: str) -> None:
+    needs_memory(12)
+    k = torch.empty(2**31 // (8 * 64) + 1000, 8, 64, device=device, dtype=BF16).normal_()
+    v = torch.empty_like(k).normal_()
+    assert k.numel() > 2**31
+    q, keys = randn(1, 200, 16, 64), len(k)
+    options = {"window_size": (500, 0), "return_attn_probs": True}
+    want = mate.flash_attn_func(q, k[None, -1000:], v[None, -1000:], **options)
+    for got in (
+        mate.flash_attn_func(q, k[None], v[None], **options),
+        mate.flash_attn_varlen_func(q[0], k, v, int32(0, 200), int32(0, keys), 200, keys, **options),
+    ):
+        for one, other in zip(got, want):
+            torch.testing.assert_close(one.view(other.shape), other, rtol=1e-2, atol=2e-3)
+
+
+def test_more_queries_than_2_to_the_31_elements(mate: ModuleType, device: str) -> None:
+    needs_memory(20)
+    q = torch.empty(2**31 // (8 * 64) + 1000, 8, 64, device=device, dtype=BF16).normal_()
+    rows, k = len(q), randn(100, 2, 64)
+    want = mate.flash_attn_func(q[None, -1000:], k[None], k[None], return_attn_probs=True)
+    for got in (
+        mate.flash_attn_func(q[None], k[None], k[None], return_attn_probs=True),
+        mate.flash_attn_varlen_func(q, k, k, int32(0, rows), int32(0, 100), rows, 100, return_attn_probs=True),
+    ):
+        out, lse = (got[0].view(q.shape)[-1000:], got[1].view(8, rows)[:, -1000:])
+        torch.testing.assert_close(out, want[0][0], rtol=1e-2, atol=2e-3)
+        torch.testing.assert_close(lse, want[1][0], rtol=1e-5, atol=1e-5)
+
+
+# What is refused.
+
+
+def not_served_calls() -> dict[str, Call]:
+    """One call for each thing that is not served, and nothing else."""
+    call = normal()
+    q, k, v = (call.arguments[name] for name in ("q", "k", "v"))
+    wide, pages = randn(2, 5, 2, 264), randn(9, 16, 2, 64)
+    cache = {"q": q[:, :1], "k_cache": k, "v_cache": v, "cache_seqlens": int32(400, 3)}
+    table = {"k_cache": pages, "v_cache": pages, "page_table": int32([1, 2], [3, 4]), "cache_seqlens": 20}
+    return {
+        "float32": Call("flash_attn_func", {name: x.float() for name, x in zip("qkv", (q, k, v))}),
+        "float8_e4m3fn": Call("flash_attn_func", {name: x.to(FP8) for name, x in zip("qkv", (q, k, v))}),
+        "qv": Call("flash_attn_func", {"q": q, "k": k, "v": v, "qv": q}),
+        "wide heads": Call("flash_attn_func", dict.fromkeys("qkv", wide)),
+        "paged keys": Call("flash_attn_with_kvcache", {**cache, **table}),
+        "appending": Call("flash_attn_with_kvcache", {**cache, "k": k[:, :1], "v": v[:, :1]}),
+        "scheduler metadata": Call("flash_attn_with_kvcache", cache, with_metadata=True),
+    }
+
+
+@pytest.mark.parametrize("feature", [name for name in NOT_SERVED if name != "combine"])
+def test_the_error_says_what_is_not_served(mate: ModuleType, device: str, feature: str) -> None:
+    with pytest.raises(NotImplementedError, match=NOT_SERVED[feature]):
+        not_served_calls()[feature].run(mate)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "learnable_sink", "out"])
+def test_tensors_on_two_devices(mate: ModuleType, device: str, name: str) -> None:
+    call = ragged(seqused_k=int32(5, 5, 5, 5), learnable_sink=torch.zeros(8, device=device), out=randn(430, 8, 64))
+    call.arguments[name] = call.arguments[name].cpu()
+    with pytest.raises(ValueError, match=name):
+        call.run(mate)
