@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 #include <numeric>
+#include <set>
 #include <span>
 
 #include "attention/check.h"
@@ -22,42 +23,60 @@ constexpr int largest_head_dim = 256;
 constexpr int element_bytes = 2;
 /// Shared memory that tiles may take of the 227 KiB of a block.
 constexpr int tile_bytes = 227 * 1024 - other_shared_bytes;
-constexpr int most_block_keys = 176;
+constexpr int widest_block_keys = 176;
 
 constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 
-/// Blocks as wide as a tile is high leave one of them on the diagonal, and less to do in vain where keys are few.
-/// Wider ones are faster elsewhere.
-bool wants_narrow_blocks(const Problem& p) {
+/// What a block of keys follows from, beside head sizes and type.
+struct BlockChoice {
+  bool narrow = false;  ///< as wide as a tile is high: one of them lies on the diagonal, and few keys fill it
+  bool alike = false;   ///< the same however rows are loaded
+};
+
+BlockChoice choose_blocks(const Problem& p) {
   constexpr int few_keys = 1024;
-  if (p.mask.right >= 0 || p.mask.chunk > 0) return true;
-  return !p.batch_invariant && std::min(p.max_seqlen_k, p.keys.rows) <= few_keys;
+  const bool diagonal = p.mask.right >= 0 || p.mask.chunk > 0;
+  const bool few = std::min(p.max_seqlen_k, p.keys.rows) <= few_keys;
+  // What a row's sums are made of must not depend on the rest of the batch, nor on where it lies, where that is asked
+  // for.
+  return {.narrow = diagonal || (few && !p.batch_invariant), .alike = p.batch_invariant};
 }
 
-/// The largest tiles that registers and shared memory hold.
-PrefillVariant choose_variant(int head_dim, int head_dim_v, ElementType type, Scores scores, bool narrow, bool gather) {
-  PrefillVariant variant;
-  variant.element = type;
-  variant.head_dim = round_up(head_dim, 16);
-  variant.head_dim_v = round_up(head_dim_v, 16);
-  variant.scores = scores;
-  variant.gather = gather;
-  const int larger = std::max(variant.head_dim, variant.head_dim_v);
-  variant.warpgroups = larger <= 64 && !gather ? 3 : 2;
-  variant.stages = 2;
-  variant.q_stages = 1;
+/// The most keys of a block that registers and shared memory hold.
+int most_block_keys(const PrefillVariant& variant, bool narrow) {
+  const bool capped = variant.scores == Scores::capped;
   // A thread keeps sums, scores and weights, and needs some registers besides, more where scores are capped.
   int other_registers = variant.warpgroups == 3 ? 32 : 36;
-  if (scores == Scores::capped) other_registers += gather ? 32 : 20;
+  if (capped) other_registers += variant.gather ? 32 : 20;
   const int registers = variant.consumer_registers() - other_registers - variant.head_dim_v / 2;
   const int row_bytes = (chunks_of(variant.head_dim) + chunks_of(variant.head_dim_v)) * chunk_row_bytes;
   const int by_registers = registers * 4 / 3;
   const int by_memory = (tile_bytes - variant.q_bytes()) / (variant.stages * row_bytes);
-  const bool capped = scores == Scores::capped;
-  const int most = capped && variant.warpgroups == 3 ? 96 : capped || narrow || gather ? 128 : most_block_keys;
-  variant.block_keys = std::min({by_registers, by_memory, most}) / 16 * 16;
+  const int most = capped && variant.warpgroups == 3    ? 96
+                   : capped || narrow || variant.gather ? 128
+                                                        : widest_block_keys;
+  return std::min({by_registers, by_memory, most}) / 16 * 16;
+}
+
+/// The largest tiles that registers and shared memory hold.
+PrefillVariant choose_variant(int head_dim, int head_dim_v, ElementType type, Scores scores, BlockChoice blocks,
+                              bool gather) {
+  const auto largest = [&](bool gathers) {
+    PrefillVariant variant;
+    variant.element = type;
+    variant.head_dim = round_up(head_dim, 16);
+    variant.head_dim_v = round_up(head_dim_v, 16);
+    variant.scores = scores;
+    variant.gather = gathers;
+    variant.warpgroups = std::max(variant.head_dim, variant.head_dim_v) <= 64 && !gathers ? 3 : 2;
+    variant.stages = 2;
+    variant.block_keys = most_block_keys(variant, blocks.narrow);
+    return variant;
+  };
+  PrefillVariant variant = largest(gather);
+  if (blocks.alike) variant.block_keys = std::min(variant.block_keys, largest(!gather).block_keys);
   const int bytes = variant.stages * (variant.k_bytes() + variant.v_bytes());
-  if (bytes + 2 * variant.q_bytes() <= tile_bytes) variant.q_stages = 2;
+  variant.q_stages = bytes + 2 * variant.q_bytes() <= tile_bytes ? 2 : 1;
   return variant;
 }
 
@@ -256,7 +275,7 @@ void forward(const Problem& p, int device_id, void* stream) {
   inputs.add(p.k, p.keys.slots, p.keys.rows, p.heads_k);
   inputs.add(p.v, p.keys.slots, p.keys.rows, p.heads_k);
   const auto choose = [&](bool gather) {
-    return choose_variant(p.head_dim, p.head_dim_v, p.q.type, scores_of(p), wants_narrow_blocks(p), gather);
+    return choose_variant(p.head_dim, p.head_dim_v, p.q.type, scores_of(p), choose_blocks(p), gather);
   };
   PrefillVariant variant = choose(inputs.bytes() < 16);
   arguments.pack = choose_pack(p, variant);
@@ -291,12 +310,13 @@ void forward(const Problem& p, int device_id, void* stream) {
 std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType type, bool softcap) {
   require_head_sizes(head_dim, head_dim_v);
   std::vector<KernelSource> sources;
+  const Scores scores = softcap ? Scores::capped : Scores::products;
+  std::set<std::string> names;
   for (const bool gather : {false, true}) {
-    for (const bool narrow : {true, false}) {
-      const PrefillVariant variant =
-          choose_variant(head_dim, head_dim_v, type, softcap ? Scores::capped : Scores::products, narrow, gather);
-      const KernelSource source = source_of(variant);
-      if (sources.empty() || sources.back().name != source.name) sources.push_back(source);
+    for (const BlockChoice blocks : {BlockChoice{.narrow = true}, BlockChoice{}, BlockChoice{.alike = true},
+                                     BlockChoice{.narrow = true, .alike = true}}) {
+      const KernelSource source = source_of(choose_variant(head_dim, head_dim_v, type, scores, blocks, gather));
+      if (names.insert(source.name).second) sources.push_back(source);
     }
   }
   return sources;

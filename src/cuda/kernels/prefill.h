@@ -186,10 +186,16 @@ class PrefillLoader {
     load_v(work, blocks, n);
   }
 
-  __device__ void load_q(const TileWork& work) {
+  __device__ void await_empty(ptx::Mbarrier& empty, unsigned parity) {
     // What is still on its way may be all that consumers wait for before they release a buffer.
-    if constexpr (variant.gather) gather_.flush();
-    shared_.q.empty[q_.stage()].wait(q_.parity() ^ 1);
+    if constexpr (variant.gather) {
+      if (!empty.is_complete(parity ^ 1)) gather_.flush();
+    }
+    empty.wait(parity ^ 1);
+  }
+
+  __device__ void load_q(const TileWork& work) {
+    await_empty(shared_.q.empty[q_.stage()], q_.parity());
     const Problem& p = a_.problem;
     const int slot = p.query_slot(work.sequence);
     unsigned char* const tile = shared_.q_tiles[q_.stage()].rows;
@@ -211,7 +217,7 @@ class PrefillLoader {
   }
 
   __device__ void load_k(const TileWork& work, const Blocks& blocks, int n) {
-    shared_.k.empty[k_.stage()].wait(k_.parity() ^ 1);
+    await_empty(shared_.k.empty[k_.stage()], k_.parity());
     unsigned char* const tile = shared_.k_tiles[k_.stage()].rows;
     ptx::Mbarrier& full = shared_.k.full[k_.stage()];
     if constexpr (variant.gather) {
@@ -225,7 +231,7 @@ class PrefillLoader {
   }
 
   __device__ void load_v(const TileWork& work, const Blocks& blocks, int n) {
-    shared_.v.empty[v_.stage()].wait(v_.parity() ^ 1);
+    await_empty(shared_.v.empty[v_.stage()], v_.parity());
     unsigned char* const tile = shared_.v_tiles[v_.stage()].rows;
     ptx::Mbarrier& full = shared_.v.full[v_.stage()];
     if constexpr (variant.gather) {
@@ -360,7 +366,7 @@ class PrefillConsumer {
       if (last) softmax = OnlineSoftmax(a_.exponent_scale);
       const bool rescales = softmax.template update<keys>(scores, rescale);
       ptx::hold(scores);
-      await_values();
+      await_values_in_use();
       finish_values(sums);
       round_weights(scores, weights);
       if (last) {
@@ -563,6 +569,10 @@ class PrefillConsumer {
   __device__ void await_queries() const { shared_.q.full[q_.stage()].wait(q_.parity()); }
   __device__ void await_keys() const { shared_.k.full[next_.stage()].wait(next_.parity()); }
   __device__ void await_values() const { shared_.v.full[next_.before(1).stage()].wait(next_.before(1).parity()); }
+  /// Those that are multiplied now, so that this is over already.
+  __device__ void await_values_in_use() const {
+    shared_.v.full[next_.before(2).stage()].wait(next_.before(2).parity());
+  }
 
   /// After the scores of block n of a tile: its queries are needed no more after the first block, which comes last.
   __device__ void release_queries_at(TilePlace tile, int n) {

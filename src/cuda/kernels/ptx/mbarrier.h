@@ -23,21 +23,34 @@ struct Mbarrier {
                  : "memory");
   }
 
-  /// Waits until the phase of this parity is complete.
+// Asks whether the phase is complete, at once (test_wait) or when that has happened or some time has passed (try_wait).
+#define MATE_ASK(instruction)                         \
+  unsigned complete;                                  \
+  asm volatile(                                       \
+      "{\n"                                           \
+      ".reg .pred complete;\n"                        \
+      "mbarrier." instruction                         \
+      ".parity.shared::cta.b64 complete, [%1], %2;\n" \
+      "selp.u32 %0, 1, 0, complete;\n"                \
+      "}"                                             \
+      : "=r"(complete)                                \
+      : "r"(shared_address(this)), "r"(parity)        \
+      : "memory");                                    \
+  return complete != 0
+
+  /// Whether the phase of this parity is complete.
+  __device__ bool is_complete(unsigned parity) { MATE_ASK("test_wait"); }
+
+  /// Waits until it is.
   __device__ void wait(unsigned parity) {
-    unsigned complete = 0;
-    while (complete == 0) {
-      asm volatile(
-          "{\n"
-          ".reg .pred complete;\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, complete;\n"
-          "}"
-          : "=r"(complete)
-          : "r"(shared_address(this)), "r"(parity)
-          : "memory");
+    while (!becomes_complete(parity)) {
     }
   }
+
+ private:
+  __device__ bool becomes_complete(unsigned parity) { MATE_ASK("try_wait"); }
+
+#undef MATE_ASK
 };
 
 /// Makes barriers that one thread has initialised visible to the copy engine.
