@@ -97,6 +97,7 @@ struct PrefillShared {
 __device__ inline void clear_row(const Problem& p, int slot, long long row, int head, float lse) {
   const int lane = threadIdx.x % 32;
   auto* const elements = static_cast<unsigned short*>(p.out.at(slot, row, head));
+#pragma unroll 1
   for (int column = lane; column < p.head_dim_v; column += 32) elements[column] = 0;
   if (p.lse.data != nullptr && lane == 0) p.lse.at(slot, head, row) = lse;
 }
@@ -108,6 +109,37 @@ __device__ inline void release(ptx::Mbarrier& empty) {
   if (first_lane()) empty.arrive();
 }
 
+/// Which query a row of a tile belongs to, and which head.
+struct RowPlace {
+  int query;
+  int head;
+};
+__device__ inline RowPlace place_of(const PrefillArguments& a, const TileWork& work, int row) {
+  const int packed = work.first_head + row;
+  // Rounded down that is packed / pack: half a row is far more than what is lost in rounding.
+  const int query = static_cast<int>((packed + 0.5F) * a.heads_reciprocal);
+  return {work.first_query + query, work.unit * a.pack + packed - query * a.pack};
+}
+
+/// The sink of a query head, -inf where there is none.
+__device__ inline float sink_of(const Problem& p, int head) {
+  return p.sink.given() ? widen(p.sink.at(head), p.sink.type) : -infinity();
+}
+
+/// A warp clears a tile whose rows see no keys, or are not to be computed.
+template <PrefillVariant variant>
+__device__ void clear_tile(const PrefillArguments& a, const TileWork& work) {
+  const Problem& p = a.problem;
+#pragma unroll 1
+  for (int row = 0; row < variant.tile_rows(); ++row) {
+    ptx::forget_shared_memory();
+    const RowPlace place = place_of(a, work, row);
+    if (place.query >= work.capacity) return;
+    clear_row(p, p.query_slot(work.sequence), static_cast<long long>(work.place.first_q) + place.query, place.head,
+              place.query < work.used ? sink_of(p, place.head) : -infinity());
+  }
+}
+
 template <PrefillVariant variant>
 __device__ void schedule(const PrefillArguments& a, PrefillShared<variant>& shared) {
   TileScheduler<variant> scheduler(a);
@@ -117,7 +149,16 @@ __device__ void schedule(const PrefillArguments& a, PrefillShared<variant>& shar
     shared.begun.wait(begun_parity);
     begun_parity ^= 1;
     shared.work.empty[place.stage()].wait(place.parity() ^ 1);
-    const bool found = scheduler.next(shared.works[place.stage()]);
+    TileWork& work = shared.works[place.stage()];
+    bool found = scheduler.next(work);
+    __syncwarp();
+    // Consumers hold on to a tile until they find the next, so those without keys must not be in their way.
+    while (found && work.blocks.size() == 0) {
+      clear_tile<variant>(a, work);
+      __syncwarp();
+      found = scheduler.next(work);
+      __syncwarp();
+    }
     if (first_lane()) shared.work.full[place.stage()].arrive();
     if (!found) return;
   }
@@ -134,7 +175,7 @@ class PrefillLoader {
       shared_.work.full[work_.stage()].wait(work_.parity());
       const TileWork& work = shared_.works[work_.stage()];
       if (work.sequence < 0) break;
-      if (work.blocks.size() > 0) load(work);
+      load(work);
       __syncwarp();
       release(shared_.work.empty[work_.stage()]);
     }
@@ -394,18 +435,13 @@ class PrefillConsumer {
 
   __device__ const TileWork& work_of(TilePlace tile) const { return shared_.works[tile.stage()]; }
 
-  /// Goes on to the next tile that has keys, from this one on. Clears those without. False where there is none.
-  __device__ bool find_tile(TilePlace& tile) {
-    for (;; tile.advance()) {
-      shared_.work.full[tile.stage()].wait(tile.parity());
-      const TileWork& work = work_of(tile);
-      if (work.sequence < 0) return false;
-      if (threadIdx.x == 128) shared_.begun.arrive();
-      if (work.blocks.size() > 0) break;
-      clear_tile(work);
-      release_tile(tile);
-    }
-    find_visible(work_of(tile));
+  /// Waits for a tile. False where there are no more.
+  __device__ bool find_tile(TilePlace tile) {
+    shared_.work.full[tile.stage()].wait(tile.parity());
+    const TileWork& work = work_of(tile);
+    if (work.sequence < 0) return false;
+    if (threadIdx.x == 128) shared_.begun.arrive();
+    find_visible(work);
     return true;
   }
 
@@ -418,9 +454,9 @@ class PrefillConsumer {
   __device__ void find_visible(const TileWork& work) {
     const int lane = threadIdx.x % 32;
     if (lane < 16 && (work.whole.begin > work.blocks.begin || work.whole.end < work.blocks.end)) {
-      const int row = threadIdx.x % 128 / 32 * 16 + lane;
-      const int query = min(place_of(work, row).query, work.used - 1);
-      shared_.visible[group_ * 64 + row] = visible_keys(a_.problem.mask, work.place.lengths, query);
+      const int row = group_ * 64 + threadIdx.x % 128 / 32 * 16 + lane;
+      const int query = min(place_of(a_, work, row).query, work.used - 1);
+      shared_.visible[row] = visible_keys(a_.problem.mask, work.place.lengths, query);
     }
     __syncwarp();
   }
@@ -509,29 +545,17 @@ class PrefillConsumer {
     for (int i = 0; i < keys / 4; ++i) weights[i] = pack<variant.element>(scores[2 * i], scores[2 * i + 1]);
   }
 
-  /// Which query a row of this consumer's 64 belongs to.
-  struct RowPlace {
-    int query;
-    int head;
-  };
-  __device__ RowPlace place_of(const TileWork& work, int row) const {
-    const int packed = work.first_head + group_ * 64 + row;
-    // Rounded down that is packed / pack: half a row is far more than what is lost in rounding.
-    const int query = static_cast<int>((packed + 0.5F) * a_.heads_reciprocal);
-    return {work.first_query + query, work.unit * a_.pack + packed - query * a_.pack};
-  }
-
   __device__ void store(TilePlace tile, Sums sums, const OnlineSoftmax& softmax) {
     const Problem& p = a_.problem;
     const TileWork& work = work_of(tile);
     const int slot = p.query_slot(work.sequence);
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
-      const RowPlace place = place_of(work, accumulator_row(i));
+      const RowPlace place = place_of(a_, work, group_ * 64 + accumulator_row(i));
       const bool exists = place.query < work.capacity;
       const long long row = static_cast<long long>(work.place.first_q) + place.query;
       float share;
-      float lse = softmax.finish(i, sink_of(place.head), share);
+      float lse = softmax.finish(i, sink_of(p, place.head), share);
       if (place.query >= work.used) {
         share = 0;
         lse = -infinity();
@@ -542,23 +566,6 @@ class PrefillConsumer {
       if (exists && p.lse.data != nullptr && accumulator_column() == 0) p.lse.at(slot, place.head, row) = lse;
     }
     release_tile(tile);
-  }
-
-  /// A tile whose rows see no keys, or are not to be computed.
-  __device__ void clear_tile(const TileWork& work) const {
-    const Problem& p = a_.problem;
-    const int first = threadIdx.x % 128 / 32 * 16;
-    for (int row = first; row < first + 16; ++row) {
-      const RowPlace place = place_of(work, row);
-      if (place.query >= work.capacity) return;
-      clear_row(p, p.query_slot(work.sequence), static_cast<long long>(work.place.first_q) + place.query, place.head,
-                place.query < work.used ? sink_of(place.head) : -infinity());
-    }
-  }
-
-  __device__ float sink_of(int head) const {
-    const Sink& sink = a_.problem.sink;
-    return sink.given() ? widen(sink.at(head), sink.type) : -infinity();
   }
 
   __device__ void await_turn() const { ptx::barrier_sync(first_turn_barrier + group_, 256); }
