@@ -69,14 +69,10 @@ __device__ inline void hide_keys_before(float (&scores)[keys / 2], Columns... be
   }
 }
 
-/// Weights are 2**(scale * score - scale * reference). The reference of a row follows its largest score, but only when
-/// that has grown by more than `slack` powers of two: until then weights are at most 2**slack, and what was summed
-/// before needs no rescaling. Each row decides by its own scores, so its bits do not depend on its neighbours.
+/// Weights are 2**(scale * score - scale * reference), where the reference of a row is its largest score so far: the
+/// weight that counts most is 1, which loses nothing when it is rounded.
 class OnlineSoftmax {
  public:
-  /// How many powers of two a weight may exceed 1 by.
-  static constexpr float slack = 8;
-
   __device__ explicit OnlineSoftmax(float scale) : scale_(scale) {
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
@@ -96,7 +92,7 @@ class OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
       const float largest = quad_max(largest_of_row<keys>(scores, i, before_any));
-      const bool exceeds = (largest - reference_[i]) * scale_ > slack;
+      const bool exceeds = largest > reference_[i];
       rescale[i] = exceeds ? exp2_approximately((reference_[i] - largest) * scale_) : 1;
       reference_[i] = exceeds ? largest : reference_[i];
       rescales |= exceeds;
