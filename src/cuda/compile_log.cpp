@@ -26,7 +26,7 @@ int number_before(const std::string& log, std::string_view after) {
 
 CompileLog read_log(const std::string& log) {
   CompileLog read;
-  read.registers = number_before(log, " registers");
+  read.registers = number_before(log, " registers, used");
   read.stack_bytes = number_before(log, " bytes stack frame");
   read.spill_bytes = number_before(log, " bytes spill stores");
   std::istringstream lines(log);
