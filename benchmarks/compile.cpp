@@ -16,6 +16,7 @@
 using namespace mate;
 
 int main(int argc, char** argv) try {
+  setenv("CUDA_CACHE_DISABLE", "1", 1);  // NVRTC would take kernels from the driver's cache
   std::vector<std::string> models(argv + 1, argv + argc);
   if (models.empty()) models = {"64", "96", "128", "192x128", "256"};
   std::printf("%s\n\n", cuda::describe_compiler().c_str());

@@ -27,6 +27,7 @@ void attention(const AttentionArguments& arguments, const ArgumentNames& names, 
   const int device = arguments.q.device().device_id;
   if (is_cuda(arguments.q)) {
     cuda::require_served(problem, device);
+    if (checks_requested()) cuda::verify_contents(problem, names, device, arguments.stream);
   } else {
     require_host(arguments.q);
     verify_contents(problem, names);

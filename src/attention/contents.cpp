@@ -85,13 +85,12 @@ void verify_rotary(const Problem& problem) {
   }
 }
 
-/// Whether MATE_CHECK=1 is set.
+}  // namespace
+
 bool checks_requested() {
   const char* value = std::getenv("MATE_CHECK");
   return value != nullptr && std::string_view(value) == "1";
 }
-
-}  // namespace
 
 void verify_contents(const Problem& problem, const ArgumentNames& names) {
   const KeyLayout& keys = problem.keys;

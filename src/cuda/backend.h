@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/arguments.h"
 #include "attention/problem.h"
 #include "compiler.h"
 
@@ -11,6 +12,10 @@ namespace mate::cuda {
 
 /// Throws Error (not_implemented) for a call that this backend does not serve, and says what and why.
 void require_served(const Problem& problem, int device);
+
+/// Checks what the tensors hold, as verify_contents() of attention/contents.h does, on copies; waits for the stream. A
+/// stream that captures a graph has nothing to be read yet: nothing is checked then.
+void verify_contents(const Problem& problem, const ArgumentNames& names, int device, void* stream);
 
 /// Computes out and lse, and clears rows past a length, on a stream (CUstream) of a device; does not wait for them.
 void forward(const Problem& problem, int device, void* stream);

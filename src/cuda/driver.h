@@ -163,6 +163,8 @@ struct Driver {
   DriverFunction<CUresult(CUdeviceptr* address, std::size_t bytes)> cuMemAlloc{library, "cuMemAlloc_v2"};
   DriverFunction<CUresult(CUdeviceptr address, unsigned value, std::size_t count, CUstream stream)> cuMemsetD32Async{
       library, "cuMemsetD32Async"};
+  DriverFunction<CUresult(void* to, CUdeviceptr from, std::size_t bytes, CUstream stream)> cuMemcpyDtoHAsync{
+      library, "cuMemcpyDtoHAsync_v2"};
 
   DriverFunction<CUresult(CUstream* stream, unsigned flags)> cuStreamCreate{library, "cuStreamCreate"};
   DriverFunction<CUresult(CUstream stream)> cuStreamDestroy{library, "cuStreamDestroy_v2"};

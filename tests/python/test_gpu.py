@@ -300,6 +300,41 @@ def test_wrong_lengths_stay_inside_the_tensors(mate: ModuleType, device: str, se
     check(ragged(), mate)  # the device still works
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("cu_seqlens_q", (0, 301, 300, 430, 430)),
+        ("cu_seqlens_q", (0, 300, 301, 430, 431)),
+        ("cu_seqlens_k", (-1, 500, 564, 693, 700)),
+        ("seqused_q", (300, 2, 129, 0)),
+        ("seqused_k", (500, 64, -1, 7)),
+        ("max_seqlen_k", 499),
+    ],
+)
+def test_mate_check_names_what_is_wrong(
+    mate: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch, name: str, values: Any
+) -> None:
+    monkeypatch.setenv("MATE_CHECK", "1")
+    right = {"seqused_q": int32(300, 1, 129, 0), "seqused_k": int32(500, 64, 100, 7)}
+    check(ragged(**right), mate)
+    out = randn(430, 8, 64)
+    before = out.clone()
+    wrong = int32(*values) if isinstance(values, tuple) else values
+    with pytest.raises(ValueError, match=name):
+        ragged(**{**right, name: wrong}, out=out).run(mate)
+    assert same_bits(out, before)
+
+
+def test_mate_check_lets_a_capture_be(mate: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a graph is captured there are no lengths to be read."""
+    call = ragged()
+    want = call.run(mate)
+    monkeypatch.setenv("MATE_CHECK", "1")
+    graph, results = capture(call, mate)
+    graph.replay()
+    assert same_bits(results, want)
+
+
 # Scales that few calls have.
 
 

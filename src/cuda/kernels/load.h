@@ -81,28 +81,37 @@ class GatherLoader {
     pending_->arrive();
   }
 
-  /// The lanes of a warp share a row, or several where they are short.
+  /// A warp takes groups of rows in turns. Its lanes share a row, or several where rows are short; a few copies are
+  /// made without a loop, so that the address of one is found while others are.
   template <int rows, int padded, int bytes, typename RowOf>
   __device__ void copy(unsigned char* tile, int head_dim, const RowOf& row_of) const {
     constexpr int elements = bytes / 2;
     constexpr int pieces = padded / elements;
-    constexpr int rows_at_once = pieces < 32 ? 32 / pieces : 1;
+    constexpr int rows_at_once = pieces <= 2 ? 16 : pieces <= 4 ? 8 : pieces <= 8 ? 4 : pieces <= 16 ? 2 : 1;
+    constexpr int group = rows_at_once < 8 ? 8 : rows_at_once;
+    constexpr int copies_of_row = pieces < 32 ? 1 : pieces / 32;
+    constexpr int rows_unrolled = copies_of_row < 4 ? 4 / copies_of_row : 1;
     // What follows from it would otherwise be kept in registers from tile to tile, for each size of copies.
     const int lane = ptx::known_only_here(lane_);
-    if (lane / pieces >= rows_at_once) return;
+    constexpr int lanes_of_row = 32 / rows_at_once;
+    const int row_of_lane = lane / lanes_of_row;
 #pragma unroll 1
-    for (int row = warp_ * rows_at_once + lane / pieces; row < rows; row += warps * rows_at_once) {
-      const unsigned short* source = row_of(row);
+    for (int first_row = warp_ * group; first_row < rows; first_row += warps * group) {
+#pragma unroll(rows_unrolled)
+      for (int step = 0; step < group; step += rows_at_once) {
+        const int row = first_row + step + row_of_lane;
+        const unsigned short* source = row_of(row);
 #pragma unroll
-      for (int first = 0; first < pieces; first += 32) {
-        const int column = (first + lane % pieces) * elements;
-        if (column >= padded) break;
-        unsigned char* const target = tile + piece_offset<rows>(row, column / 8) + column % 8 * 2;
-        const bool inside = source != nullptr && column < head_dim;
-        if constexpr (bytes == 2) {
-          *reinterpret_cast<unsigned short*>(target) = inside ? source[column] : 0;
-        } else {
-          ptx::copy_async<bytes>(ptx::shared_address(target), inside ? source + column : somewhere_, inside);
+        for (int first = 0; first < pieces; first += lanes_of_row) {
+          const int column = (first + lane % lanes_of_row) * elements;
+          if (column >= padded) break;
+          unsigned char* const target = tile + piece_offset<rows>(row, column / 8) + column % 8 * 2;
+          const bool inside = source != nullptr && column < head_dim;
+          if constexpr (bytes == 2) {
+            *reinterpret_cast<unsigned short*>(target) = inside ? source[column] : 0;
+          } else {
+            ptx::copy_async<bytes>(ptx::shared_address(target), inside ? source + column : somewhere_, inside);
+          }
         }
       }
     }

@@ -3,18 +3,19 @@
 // A block of threads stays on its multiprocessor and takes tiles of query rows until there are none left. One
 // warpgroup schedules and loads; the others, each with 64 rows of the tile, multiply:
 //
-// | who                               | does                                                 | waits for  | tells | |
-// --------------------------------- | ---------------------------------------------------- | ---------- | ---------- |
-// | warp 0: scheduler                 | takes a tile when the one before is begun, and finds | work.empty | work.full |
-// |                                   | its sequence and keys                                | begun      | | | warp 1:
-// loader, one lane issuing  | fetches a block of keys, the last block first        | k.empty    | k.full     | | copies
-// (warps 1 to 3, all lanes,  | fetches the tile's queries                           | q.empty    | q.full     | | where
-// rows are gathered)          | fetches a block of values                            | v.empty    | v.full     | | each
-// consumer, in turns:          | starts scores = queries x keys of the next block     | k.full     |            | | |
-// and sums += weights x values of this one             | v.full     |            | | then on its own: | makes weights
-// of the scores while the values' run on |            | k.empty    | |                                   | rescales the
-// sums where a row's maximum has grown    |            | v.empty    | |                                   | after the
-// last block stores sums and log-sum-exp     |            | q.empty    |
+// | who                        | does                                               | waits for  | tells     |
+// | -------------------------- | -------------------------------------------------- | ---------- | --------- |
+// | warp 0: scheduler          | takes a tile when the one before is begun, and     | work.empty | work.full |
+// |                            | finds its sequence and keys                        | begun      |           |
+// | warp 1: loader, one lane   | fetches a block of keys, the last block first      | k.empty    | k.full    |
+// | issuing copies (warps 1 to | fetches the tile's queries                         | q.empty    | q.full    |
+// | 3, all lanes, where rows   | fetches a block of values                          | v.empty    | v.full    |
+// | are gathered)              |                                                    |            |           |
+// | each consumer, in turns    | starts scores = queries x keys of the next block   | k.full     |           |
+// |                            | and sums += weights x values of this one           | v.full     |           |
+// | then on its own            | makes weights of the scores while the values' run  |            | k.empty   |
+// |                            | rescales the sums where a row's maximum has grown  |            | v.empty   |
+// |                            | after the last block stores sums and log-sum-exp   |            | q.empty   |
 //
 // So the matrix units work while weights are made: a consumer starts both products only when the one before it has
 // started its own, so that they stay a step apart, and one makes weights while another multiplies. Registers move from
@@ -86,7 +87,7 @@ struct PrefillShared {
     q.init(producers, consumer_warps);
     k.init(producers, consumer_warps);
     v.init(producers, consumer_warps);
-    work.init(1, loader_warps + consumer_warps);
+    work.init(1, 32 * (loader_warps + consumer_warps));
     begun.init(1);
     v_fetched.init(1);
     ptx::fence_mbarrier_init();
@@ -176,8 +177,7 @@ class PrefillLoader {
       const TileWork& work = shared_.works[work_.stage()];
       if (work.sequence < 0) break;
       load(work);
-      __syncwarp();
-      release(shared_.work.empty[work_.stage()]);
+      shared_.work.empty[work_.stage()].arrive();
     }
     if constexpr (variant.gather) gather_.flush();
     announce_no_more();
@@ -242,12 +242,10 @@ class PrefillLoader {
     unsigned char* const tile = shared_.q_tiles[q_.stage()].rows;
     ptx::Mbarrier& full = shared_.q.full[q_.stage()];
     if constexpr (variant.gather) {
-      const int pack = a_.pack;
-      const TileRows rows = rows_of_tile(variant.tiling(pack), work.used, work.tile);
       gather_.template load<variant.tile_rows(), variant.head_dim>(tile, p.head_dim, full, [&](int row) -> const Bits* {
-        const long long packed = rows.first + row;
-        if (packed > rows.last) return nullptr;
-        return row_of(p.q, slot, work.place.first_q + packed / pack, work.unit * pack + packed % pack);
+        const RowPlace place = place_of(a_, work, row);
+        if (place.query >= work.used) return nullptr;
+        return row_of(p.q, slot, static_cast<long long>(work.place.first_q) + place.query, place.head);
       });
     } else if (first_lane()) {
       full.arrive_expecting(variant.q_bytes());
@@ -307,11 +305,13 @@ class PrefillLoader {
   template <int padded>
   __device__ void gather_block(const TileWork& work, const Blocks& blocks, int n, const Rows& rows, int head_dim,
                                unsigned char* tile, ptx::Mbarrier& full) {
+    const int first_key = n * variant.block_keys;
+    const int begin = work.seen.begin - first_key;
+    const int end = work.seen.end - first_key;
+    const Bits* const first_row =
+        row_of(rows, blocks.slot, blocks.first_row + static_cast<long long>(first_key), blocks.head);
     gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int row) -> const Bits* {
-      const int key = n * variant.block_keys + row;
-      if (key < work.seen.begin || key >= work.seen.end) return nullptr;
-      const Location place = locate_key(a_.problem.keys, work.place, key);
-      return row_of(rows, place.slot, place.row, blocks.head);
+      return row < begin || row >= end ? nullptr : first_row + row * rows.row_stride;
     });
   }
 
@@ -445,10 +445,8 @@ class PrefillConsumer {
     return true;
   }
 
-  __device__ void release_tile(TilePlace tile) {
-    __syncwarp();
-    release(shared_.work.empty[tile.stage()]);
-  }
+  /// Each lane for itself, since each reads what the scheduler says of the tile.
+  __device__ void release_tile(TilePlace tile) { shared_.work.empty[tile.stage()].arrive(); }
 
   /// What the rows of this warp see, if some of it is to be hidden: found while registers are few, by a lane for each.
   __device__ void find_visible(const TileWork& work) {
