@@ -22,7 +22,7 @@ void require_host(const Tensor& tensor) {
 
 }  // namespace
 
-void attention(const AttentionArguments& arguments, const ArgumentNames& names, const Allocate& allocate) {
+void attention(const AttentionArguments& arguments, const ArgumentNames& names, const Allocators& allocators) {
   Problem problem = make_problem(arguments, names);
   const int device = arguments.q.device().device_id;
   if (is_cuda(arguments.q)) {
@@ -32,13 +32,13 @@ void attention(const AttentionArguments& arguments, const ArgumentNames& names, 
     require_host(arguments.q);
     verify_contents(problem, names);
   }
-  if (allocate && !arguments.out.given()) {
-    allocate_out(problem, arguments, allocate);
+  if (allocators.result && !arguments.out.given()) {
+    allocate_out(problem, arguments, allocators.result);
   } else {
     check_given("out", arguments.out);
   }
   if (is_cuda(arguments.q)) {
-    cuda::forward(problem, device, arguments.stream);
+    cuda::forward(problem, device, arguments.stream, allocators.scratch);
     return;
   }
   const Plan plan = make_plan(problem, cpu::machine(problem));
@@ -46,7 +46,7 @@ void attention(const AttentionArguments& arguments, const ArgumentNames& names, 
   cpu::forward(problem, plan);
 }
 
-void attention(const AttentionArguments& arguments) { attention(arguments, ArgumentNames{}, nullptr); }
+void attention(const AttentionArguments& arguments) { attention(arguments, ArgumentNames{}, {}); }
 
 void combine(const CombineArguments& arguments) {
   const CombineProblem problem = make_problem(arguments);
@@ -60,8 +60,13 @@ void scheduler_metadata(const SchedulerMetadataArguments& arguments, const Argum
                         const Allocate& allocate) {
   const Problem problem = make_problem(arguments, names);
   const Tensor& lengths = arguments.seqused_k.given() ? arguments.seqused_k : arguments.cu_seqlens_k;
-  require_host(lengths);
-  verify_contents(problem, names);
+  const int device = lengths.device().device_id;
+  if (!is_cuda(lengths)) {
+    require_host(lengths);
+    verify_contents(problem, names);
+  } else if (checks_requested()) {
+    cuda::verify_contents(problem, names, device, arguments.stream);
+  }
   Tensor out = arguments.out;
   if (allocate && !out.given()) {
     const std::int64_t elements = scheduler_metadata_elements(problem.batch);
@@ -69,8 +74,13 @@ void scheduler_metadata(const SchedulerMetadataArguments& arguments, const Argum
     check_place("out", out, names.seqused_k, lengths);
   }
   check_given("out", out);
+  auto* const numbers = static_cast<int*>(out.data());
+  if (is_cuda(lengths)) {
+    cuda::scheduler_metadata(problem, device, arguments.stream, numbers, out.stride(0));
+    return;
+  }
   const Plan plan = make_plan(problem, cpu::machine(problem));
-  for (int b = 0; b < problem.batch; ++b) static_cast<int*>(out.data())[b * out.stride(0)] = plan.splits[b];
+  for (int b = 0; b < problem.batch; ++b) numbers[b * out.stride(0)] = plan.splits[b];
 }
 
 void scheduler_metadata(const SchedulerMetadataArguments& arguments) {

@@ -134,6 +134,7 @@ struct SchedulerMetadataArguments {
   Tensor cp_tot_seqused_k = {};
   bool batch_invariant = false;
   Tensor out = {};  ///< int32 (scheduler_metadata_size(batch_size),): required
+  void* stream = nullptr;  ///< of tensors on a GPU: the CUstream that the call joins
 };
 
 /// Number of int32 elements of the metadata of a batch.

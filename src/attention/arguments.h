@@ -20,12 +20,18 @@ struct ArgumentNames {
   const char* seqused_k = "seqused_k";
 };
 
-/// Makes the memory of a result that the caller did not give.
+/// Makes memory of the caller's framework.
 using Allocate = std::function<Tensor(DLDataType dtype, DLDevice device, const std::int64_t* shape, int ndim)>;
 
-/// The calls of mate/attention.h, with the caller's names of the arguments; `allocate`, where there is one, makes `out`
-/// where it is not given. Defined in src/attention.cpp.
-void attention(const AttentionArguments& arguments, const ArgumentNames& names, const Allocate& allocate);
+/// Where a call gets memory from. Either may be empty.
+struct Allocators {
+  Allocate result;   ///< makes `out` where it is not given
+  Allocate scratch;  ///< memory that the call keeps until it has issued its work on the stream
+};
+
+/// The calls of mate/attention.h, with the caller's names of the arguments, and where there are some, the caller's
+/// allocators. Defined in src/attention.cpp.
+void attention(const AttentionArguments& arguments, const ArgumentNames& names, const Allocators& allocators);
 void scheduler_metadata(const SchedulerMetadataArguments& arguments, const ArgumentNames& names,
                         const Allocate& allocate);
 

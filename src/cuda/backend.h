@@ -18,7 +18,11 @@ void require_served(const Problem& problem, int device);
 void verify_contents(const Problem& problem, const ArgumentNames& names, int device, void* stream);
 
 /// Computes out and lse, and clears rows past a length, on a stream (CUstream) of a device; does not wait for them.
-void forward(const Problem& problem, int device, void* stream);
+/// `allocate`, where there is one, gives memory that later work on the same stream may use again once it is let go.
+void forward(const Problem& problem, int device, void* stream, const Allocate& allocate);
+
+/// Writes how many pieces of work each sequence of a call has. Every call of forward() finds that by itself.
+void scheduler_metadata(const Problem& problem, int device, void* stream, int* out, std::int64_t stride);
 
 /// The kernels that calls with these head sizes and this type may need, for whatever else they ask: causal or not,
 /// aligned or not. Throws Error (not_implemented) for head sizes that this backend does not serve.

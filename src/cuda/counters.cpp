@@ -7,7 +7,7 @@
 namespace mate::cuda {
 namespace {
 
-constexpr int launches_per_chunk = 2048;
+constexpr int launches_per_chunk = 256;
 constexpr int chunk_ints = launches_per_chunk * counters_of_launch;
 
 /// Zeros in new memory of the current context.

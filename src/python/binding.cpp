@@ -11,6 +11,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -48,6 +49,8 @@ void* stream_of(const ffi::TensorView& tensor) {
   return device.device_type == kDLCUDA ? TVMFFIEnvGetStream(device.device_type, device.device_id) : nullptr;
 }
 
+void* stream_of(const OptionalTensor& tensor) { return tensor.has_value() ? stream_of(tensor.value()) : nullptr; }
+
 const char* python_exception(mate::ErrorKind kind) {
   switch (kind) {
     case mate::ErrorKind::type:
@@ -82,6 +85,18 @@ mate::Allocate allocate_into(ffi::Optional<ffi::Tensor>& result) {
   };
 }
 
+/// Gives memory of the caller's framework, and lets it go with the end of its own life.
+class ScratchAllocator {
+ public:
+  mate::Tensor operator()(DLDataType dtype, DLDevice device, const std::int64_t* shape, int ndim) {
+    taken_.push_back(ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ffi::ShapeView(shape, ndim), dtype, device));
+    return mate::Tensor(*taken_.back().GetDLTensorPtr());
+  }
+
+ private:
+  std::vector<ffi::Tensor> taken_;
+};
+
 /// The names of flash_attn_with_kvcache and get_scheduler_metadata, and of flash_attn_qkvpacked_func.
 constexpr mate::ArgumentNames cache_names{"q", "k_cache", "v_cache", "k", "v", "cache_seqlens"};
 constexpr mate::ArgumentNames packed_names{"qkv", "qkv", "qkv"};
@@ -101,6 +116,7 @@ ffi::Optional<ffi::Tensor> attention(
     OptionalTensor cp_tot_seqused_k, std::int64_t num_splits, ffi::Optional<bool> pack_gqa, std::int64_t sm_margin,
     OptionalTensor scheduler_metadata, bool batch_invariant, OptionalTensor out, OptionalTensor lse) {
   ffi::Optional<ffi::Tensor> result;
+  ScratchAllocator scratch;
   with_python_errors([&] {
     mate::attention(
         {
@@ -146,7 +162,7 @@ ffi::Optional<ffi::Tensor> attention(
             .batch_invariant = batch_invariant,
             .stream = stream_of(q),
         },
-        argument_names[names], allocate_into(result));
+        argument_names[names], {allocate_into(result), std::ref(scratch)});
   });
   return result;
 }
@@ -206,6 +222,7 @@ ffi::Optional<ffi::Tensor> scheduler_metadata(
             .cp_tot_seqused_k = view(cp_tot_seqused_k),
             .batch_invariant = batch_invariant,
             .out = view(out),
+            .stream = stream_of(cache_seqlens.has_value() ? cache_seqlens : cu_seqlens_k),
         },
         cache_names, allocate_into(result));
   });

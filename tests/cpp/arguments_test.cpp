@@ -603,7 +603,7 @@ TEST(Arguments, OfTheCacheCallsGoByTheirNamesThere) {
     AttentionArguments a = make_call(memory, Base::cache);
     change(memory, a);
     expect_error(value, name, mentions, [&] {
-      attention(a, {"q", "k_cache", "v_cache", "k", "v", "cache_seqlens"}, nullptr);
+      attention(a, {"q", "k_cache", "v_cache", "k", "v", "cache_seqlens"}, {});
     });
   };
   named("k_cache", "required", [](Memory&, AttentionArguments& a) { a.k = Tensor(); });

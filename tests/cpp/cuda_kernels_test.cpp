@@ -60,7 +60,7 @@ TEST_F(CudaKernels, AStackIsSeen) {
 
 TEST_F(CudaKernels, IgnoredRegistersAreSeen) {
   const CompileLog log = log_of("ignored", R"(
-      #include "prefill.h"
+      #include "forward.h"
       extern "C" __global__ void ignored(int* p) {  // without __launch_bounds__
         mate::cuda::ptx::take_registers<160>();
         *p = 1;

@@ -4,8 +4,8 @@
 // c of row r stands at place c ^ (r % 8). Products read it without bank conflicts.
 #pragma once
 
-#include "prefill_arguments.h"
-#include "prefill_variant.h"
+#include "forward_arguments.h"
+#include "forward_variant.h"
 #include "ptx/cp_async.h"
 #include "ptx/tma.h"
 

@@ -69,6 +69,25 @@ __device__ inline void hide_keys_before(float (&scores)[keys / 2], Columns... be
   }
 }
 
+/// Ends the softmax of a row whose weights are 2**(score - exponent) and add up to `sum`. `sink` is its natural
+/// logarithm, -inf where there is none. Gives the log-sum-exp, and what the row's weighted values are to be multiplied
+/// by: 0 where they are to become 0, whatever they are.
+__device__ inline float finish_softmax(float exponent, float sum, float sink, float& share) {
+  share = 0;
+  if (sum == 0) return sink;
+  share = reciprocal_approximately(sum);
+  const float lse = (exponent + log2_approximately(sum)) * ln_of_2;
+  if (sink == -infinity()) return lse;
+  if (sink == infinity() && lse < infinity()) {
+    share = 0;
+    return sink;
+  }
+  const float larger = fmaxf(lse, sink);
+  const float with_sink = larger + logf(expf(lse - larger) + expf(sink - larger));
+  share *= expf(lse - with_sink);
+  return with_sink;
+}
+
 /// Weights are 2**(scale * score - scale * reference), where the reference of a row is its largest score so far: the
 /// weight that counts most is 1, which loses nothing when it is rounded.
 class OnlineSoftmax {
@@ -113,23 +132,15 @@ class OnlineSoftmax {
     return rescales;
   }
 
-  /// Ends the sums. `sink` is its natural logarithm, -inf where there is none. Gives the log-sum-exp of row i and what
-  /// its weighted values are to be multiplied by: 0 where they are to become 0, whatever they are.
+  /// Ends the sums: see finish_softmax().
   __device__ float finish(int i, float sink, float& share) const {
-    const float sum = quad_sum(sum_[i]);
-    share = 0;
-    if (sum == 0) return sink;
-    share = reciprocal_approximately(sum);
-    const float lse = fmaf(reference_[i], scale_, log2_approximately(sum)) * ln_of_2;
-    if (sink == -infinity()) return lse;
-    if (sink == infinity() && lse < infinity()) {
-      share = 0;
-      return sink;
-    }
-    const float larger = fmaxf(lse, sink);
-    const float with_sink = larger + logf(expf(lse - larger) + expf(sink - larger));
-    share *= expf(lse - with_sink);
-    return with_sink;
+    return finish_softmax(reference_[i] * scale_, quad_sum(sum_[i]), sink, share);
+  }
+
+  /// What is to be merged with other sums: the exponent of 2 that row i's weights are relative to, and their sum.
+  __device__ float2 partial(int i) const {
+    const float exponent = reference_[i] == -infinity() ? -infinity() : reference_[i] * scale_;
+    return make_float2(exponent, quad_sum(sum_[i]));
   }
 
  private:

@@ -2,33 +2,15 @@
 // one that nobody has taken, so that blocks which had little to do do more.
 #pragma once
 
-#include "prefill_arguments.h"
-#include "prefill_variant.h"
-#include "ptx/shared.h"
+#include "tile_work.h"
 
 namespace mate::cuda {
 
-/// A tile of query rows and the keys it needs.
-struct TileWork {
-  int sequence = -1;  ///< of the batch; negative: there are no more tiles
-  int unit = 0;       ///< `pack` query heads
-  int tile = 0;
-  int first_query = 0;  ///< query row of the sequence that the tile begins with,
-  int first_head = 0;   ///< and which of the unit's heads
-  int capacity = 0;     ///< rows of out that belong to the sequence,
-  int used = 0;         ///< and how many of them are computed: the rest is cleared
-  Sequence place;
-  KeyRange seen;         ///< keys that some row of the sequence sees
-  KeyRange seen_by_all;  ///< keys that every row of the tile sees
-  BlockRange blocks;     ///< of keys that some row of the tile sees
-  BlockRange whole;      ///< blocks that every row of the tile sees whole
-};
-
 /// Used by all lanes of one warp together.
-template <PrefillVariant variant>
-class TileScheduler {
+template <ForwardVariant variant>
+class TileScheduler : TileFinder<variant> {
  public:
-  __device__ explicit TileScheduler(const PrefillArguments& arguments) : a_(arguments) {}
+  __device__ explicit TileScheduler(const ForwardArguments& arguments) : TileFinder<variant>(arguments) {}
 
   /// Writes the next tile to `work`. Returns whether there was one.
   __device__ bool next(TileWork& work) {
@@ -41,22 +23,19 @@ class TileScheduler {
         describe(work);
       } else if (!first && index_ - static_cast<int>(gridDim.x) == tiles_before_ - 1) {
         // As many are taken as there are tiles, since each is followed by a question for another: this was the last.
-        *a_.tiles_taken = 0;
+        *a_.counters = 0;
       }
     }
     return sequence >= 0;
   }
 
  private:
-  __device__ const Problem& problem() const { return a_.problem; }
+  using TileFinder<variant>::a_;
+  using TileFinder<variant>::problem;
+  using TileFinder<variant>::tiling;
+  using TileFinder<variant>::units;
 
-  __device__ Tiling tiling() const { return variant.tiling(a_.pack); }
-
-  __device__ int units() const { return problem().heads_q / a_.pack; }
-
-  __device__ int tiles_of_sequence(int b) const {
-    return tiles_of(tiling(), query_capacity(problem().queries, b)) * units();
-  }
+  __device__ int tiles_of_sequence(int b) const { return TileFinder<variant>::tiles_of_sequence(b) * units(); }
 
   /// The sequence of tile index_, whose place in it becomes index_in_sequence_; -1 where there are no more.
   __device__ int find_sequence() {
@@ -91,19 +70,15 @@ class TileScheduler {
 
   __device__ int take() const {
     int taken = 0;
-    if (threadIdx.x % 32 == 0) taken = static_cast<int>(gridDim.x) + atomicAdd(a_.tiles_taken, 1);
+    if (threadIdx.x % 32 == 0) taken = static_cast<int>(gridDim.x) + atomicAdd(a_.counters, 1);
     return __shfl_sync(~0U, taken, 0);
   }
 
   __device__ void describe(TileWork& work) const {
-    const Problem& p = problem();
-    work.place = p.sequence(work.sequence);
-    work.capacity = query_capacity(p.queries, work.sequence);
-    work.used = work.place.lengths.sq < p.max_seqlen_q ? work.place.lengths.sq : p.max_seqlen_q;
-    ptx::forget_shared_memory();
+    this->locate(work);
     choose_tile(work);
     ptx::forget_shared_memory();
-    find_keys(work);
+    this->find_keys(work);
   }
 
   /// Key heads come in sections whose keys fit the L2 cache together, and in each section the tiles with the most keys
@@ -124,35 +99,6 @@ class TileScheduler {
     work.tile = tiles - 1 - index / width;
   }
 
-  /// The query that a packed row belongs to. The host sees to it that packed rows are counted in 32 bits: GPUs divide
-  /// 64 by long programs.
-  __device__ int query_of_row(long long row) const {
-    return static_cast<int>(static_cast<unsigned>(row) / static_cast<unsigned>(a_.pack));
-  }
-
-  __device__ void find_keys(TileWork& work) const {
-    const Mask& mask = problem().mask;
-    const Lengths& lengths = work.place.lengths;
-    const TileRows rows = rows_of_tile(tiling(), work.used, work.tile);
-    work.first_query = query_of_row(rows.first);
-    work.first_head = static_cast<int>(rows.first - static_cast<long long>(work.first_query) * a_.pack);
-    const int last_query = query_of_row(rows.last);
-    work.seen = {};
-    work.seen_by_all = {};
-    work.blocks = {};
-    work.whole = {};
-    if (rows.count() <= 0) return;
-    work.seen = keys_of_some_row(mask, lengths, 0, work.used - 1);
-    ptx::forget_shared_memory();
-    work.blocks = blocks_of_keys(tiling(), keys_of_some_row(mask, lengths, work.first_query, last_query));
-    ptx::forget_shared_memory();
-    work.seen_by_all = keys_of_every_row(mask, lengths, work.first_query, last_query);
-    ptx::forget_shared_memory();
-    work.whole = {static_cast<int>(divide_up(work.seen_by_all.begin, variant.block_keys)),
-                  work.seen_by_all.end / variant.block_keys};
-  }
-
-  const PrefillArguments& a_;
   int index_ = -1;
   int first_sequence_ = 0;
   int tiles_before_ = 0;  ///< of all sequences before first_sequence_; at the end, of all

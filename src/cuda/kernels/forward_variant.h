@@ -1,4 +1,4 @@
-// What is fixed when a prefill kernel is compiled. Shared by the host, which chooses it, and device code.
+// What is fixed when a forward kernel is compiled. Shared by the host, which chooses it, and device code.
 #pragma once
 
 #include "attention/problem.h"
@@ -22,7 +22,7 @@ enum class Scores {
   capped     ///< it is multiplied, and the hyperbolic tangent taken
 };
 
-struct PrefillVariant {
+struct ForwardVariant {
   ElementType element = ElementType::bfloat16;
   int head_dim = 0;    ///< of the keys, rounded up to a multiple of 16
   int head_dim_v = 0;  ///< of the values, likewise
@@ -32,9 +32,11 @@ struct PrefillVariant {
   int q_stages = 0;    ///< tiles of queries in shared memory
   Scores scores = Scores::products;
   bool gather = false;  ///< rows are loaded one by one, whatever their alignment; else by tensor maps
+  bool splits = false;  ///< the keys of a tile are shared out among blocks of threads
 
+  /// Rows that there is room for. A tile holds whole queries, of `pack` rows each.
   constexpr int tile_rows() const { return 64 * warpgroups; }
-  constexpr Tiling tiling(int pack) const { return {tile_rows(), block_keys, pack}; }
+  constexpr Tiling tiling(int pack) const { return {tile_rows() / pack * pack, block_keys, pack}; }
   constexpr int threads() const { return 128 * (warpgroups + 1); }
   constexpr int q_bytes() const { return tile_rows() * chunks_of(head_dim) * chunk_row_bytes; }
   constexpr int k_bytes() const { return block_keys * chunks_of(head_dim) * chunk_row_bytes; }
@@ -43,10 +45,12 @@ struct PrefillVariant {
     return q_stages * q_bytes() + stages * (k_bytes() + v_bytes()) + other_shared_bytes;
   }
   // Registers of a thread. A block starts with as many for all its threads; what the producers give up the consumers
-  // take.
-  constexpr int registers_at_start() const { return 64 * 1024 / threads() / 8 * 8; }
-  constexpr int producer_registers() const { return warpgroups == 3 ? 32 : gather ? 88 : 40; }
+  // take. With one consumer there are enough for all.
+  constexpr bool moves_registers() const { return warpgroups > 1; }
+  constexpr int registers_at_start() const { return moves_registers() ? 64 * 1024 / threads() / 8 * 8 : 248; }
+  constexpr int producer_registers() const { return warpgroups == 3 ? 32 : gather && splits ? 104 : gather || splits ? 88 : 40; }
   constexpr int consumer_registers() const {
+    if (!moves_registers()) return registers_at_start();
     return (registers_at_start() * (warpgroups + 1) - producer_registers()) / warpgroups / 8 * 8;
   }
 };

@@ -1,7 +1,8 @@
-// Attention where queries are many: prefill.
+// Attention: one kernel for prefill and decoding.
 //
-// A block of threads stays on its multiprocessor and takes tiles of query rows until there are none left. One
-// warpgroup schedules and loads; the others, each with 64 rows of the tile, multiply:
+// A block of threads stays on its multiprocessor and takes tiles of query rows until there are none left, or, where
+// keys are shared out, the pieces of its share. One warpgroup schedules and loads; the others, each with 64 rows of the
+// tile, multiply:
 //
 // | who                        | does                                               | waits for  | tells     |
 // | -------------------------- | -------------------------------------------------- | ---------- | --------- |
@@ -15,7 +16,8 @@
 // |                            | and sums += weights x values of this one           | v.full     |           |
 // | then on its own            | makes weights of the scores while the values' run  |            | k.empty   |
 // |                            | rescales the sums where a row's maximum has grown  |            | v.empty   |
-// |                            | after the last block stores sums and log-sum-exp   |            | q.empty   |
+// |                            | after the last block stores sums and log-sum-exp,  |            | q.empty   |
+// |                            | or a part of them, and merges parts if it is last  |            |           |
 //
 // So the matrix units work while weights are made: a consumer starts both products only when the one before it has
 // started its own, so that they stay a step apart, and one makes weights while another multiplies. Registers move from
@@ -23,8 +25,10 @@
 #pragma once
 
 #include "load.h"
+#include "merge.h"
 #include "ptx/wgmma.h"
 #include "softmax.h"
+#include "split_scheduler.h"
 #include "store.h"
 #include "tile_scheduler.h"
 
@@ -65,8 +69,8 @@ struct alignas(1024) TileBuffer {
   unsigned char rows[bytes];
 };
 
-template <PrefillVariant variant>
-struct PrefillShared {
+template <ForwardVariant variant>
+struct ForwardShared {
   static constexpr int work_stages = 4;
   static constexpr int loader_warps = variant.gather ? 3 : 1;
 
@@ -75,6 +79,7 @@ struct PrefillShared {
   TileBuffer<variant.v_bytes()> v_tiles[variant.stages];
   TileWork works[work_stages];
   KeyRange visible[variant.tile_rows()];  ///< to each row of the consumers' tiles, where some of their keys are hidden
+  int merges[variant.warpgroups];         ///< whether the parts of a consumer's rows are all done
   RingBarriers<variant.q_stages> q;
   RingBarriers<variant.stages> k, v;
   RingBarriers<work_stages> work;
@@ -112,14 +117,14 @@ __device__ inline void release(ptx::Mbarrier& empty) {
 
 /// Which query a row of a tile belongs to, and which head.
 struct RowPlace {
-  int query;
+  int query;  ///< beyond all others, where the tile ends before
   int head;
 };
-__device__ inline RowPlace place_of(const PrefillArguments& a, const TileWork& work, int row) {
+__device__ inline RowPlace place_of(const ForwardArguments& a, const TileWork& work, int row) {
   const int packed = work.first_head + row;
   // Rounded down that is packed / pack: half a row is far more than what is lost in rounding.
   const int query = static_cast<int>((packed + 0.5F) * a.heads_reciprocal);
-  return {work.first_query + query, work.unit * a.pack + packed - query * a.pack};
+  return {row < a.tile_rows ? work.first_query + query : max_length, work.unit * a.pack + packed - query * a.pack};
 }
 
 /// The sink of a query head, -inf where there is none.
@@ -128,11 +133,11 @@ __device__ inline float sink_of(const Problem& p, int head) {
 }
 
 /// A warp clears a tile whose rows see no keys, or are not to be computed.
-template <PrefillVariant variant>
-__device__ void clear_tile(const PrefillArguments& a, const TileWork& work) {
+template <ForwardVariant variant>
+__device__ void clear_tile(const ForwardArguments& a, const TileWork& work) {
   const Problem& p = a.problem;
 #pragma unroll 1
-  for (int row = 0; row < variant.tile_rows(); ++row) {
+  for (int row = 0; row < a.tile_rows; ++row) {
     ptx::forget_shared_memory();
     const RowPlace place = place_of(a, work, row);
     if (place.query >= work.capacity) return;
@@ -141,23 +146,25 @@ __device__ void clear_tile(const PrefillArguments& a, const TileWork& work) {
   }
 }
 
-template <PrefillVariant variant>
-__device__ void schedule(const PrefillArguments& a, PrefillShared<variant>& shared) {
-  TileScheduler<variant> scheduler(a);
+template <ForwardVariant variant, typename Scheduler>
+__device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shared) {
+  Scheduler scheduler(a);
   unsigned begun_parity = 1;
-  for (RingPlace<PrefillShared<variant>::work_stages> place;; place.advance()) {
-    // Not more than one tile is taken ahead of its turn: others may have nothing to do by then.
-    shared.begun.wait(begun_parity);
-    begun_parity ^= 1;
+  for (RingPlace<ForwardShared<variant>::work_stages> place;; place.advance()) {
+    if constexpr (!variant.splits) {
+      // Not more than one tile is taken ahead of its turn: others may have nothing to do by then.
+      shared.begun.wait(begun_parity);
+      begun_parity ^= 1;
+    }
     shared.work.empty[place.stage()].wait(place.parity() ^ 1);
     TileWork& work = shared.works[place.stage()];
-    bool found = scheduler.next(work);
-    __syncwarp();
-    // Consumers hold on to a tile until they find the next, so those without keys must not be in their way.
-    while (found && work.blocks.size() == 0) {
-      clear_tile<variant>(a, work);
-      __syncwarp();
+    bool found = false;
+    for (;;) {
       found = scheduler.next(work);
+      __syncwarp();
+      if (!found || work.blocks.size() > 0) break;
+      // Consumers hold on to a tile until they find the next, so those without keys must not be in their way.
+      clear_tile<variant>(a, work);
       __syncwarp();
     }
     if (first_lane()) shared.work.full[place.stage()].arrive();
@@ -165,11 +172,11 @@ __device__ void schedule(const PrefillArguments& a, PrefillShared<variant>& shar
   }
 }
 
-template <PrefillVariant variant>
-class PrefillLoader {
+template <ForwardVariant variant>
+class ForwardLoader {
  public:
-  __device__ PrefillLoader(const PrefillArguments& arguments, PrefillShared<variant>& shared)
-      : a_(arguments), shared_(shared), gather_(threadIdx.x - 32, arguments.copy_bytes, arguments.tiles_taken) {}
+  __device__ ForwardLoader(const ForwardArguments& arguments, ForwardShared<variant>& shared)
+      : a_(arguments), shared_(shared), gather_(threadIdx.x - 32, arguments.copy_bytes, arguments.counters) {}
 
   __device__ void run() {
     for (;; work_.advance()) {
@@ -195,36 +202,80 @@ class PrefillLoader {
   /// What the loads of a tile's blocks have in common. Loading a block takes few instructions: consumers wait for each.
   struct Blocks {
     int head;
-    int first_row;  ///< of key 0
-    int slot;
     int clear_low;   ///< blocks of which the first or last rows are seen by no row of the sequence, but are there;
     int clear_high;  ///< -1 where there is none
   };
 
   __device__ Blocks blocks_of(const TileWork& work) const {
     const KeyRange seen = work.seen;
+    const KeyLayout& keys = a_.problem.keys;
     Blocks blocks;
     blocks.head = work.unit * a_.pack / a_.problem.group();
-    blocks.first_row = work.place.first_k;
-    blocks.slot = work.place.cache_row;
     // Behind the tensor's last row the copy engine brings zeros.
-    const bool more_behind = blocks.first_row + static_cast<long long>(seen.end) < a_.problem.keys.rows;
+    const bool more_behind = keys.paged() || work.place.first_k + static_cast<long long>(seen.end) < keys.rows;
     blocks.clear_low = seen.begin % variant.block_keys != 0 ? seen.begin / variant.block_keys : -1;
     blocks.clear_high = seen.end % variant.block_keys != 0 && more_behind ? seen.end / variant.block_keys : -1;
     return blocks;
+  }
+
+  /// Where the copy engine finds the keys of a block: all of them where they are not paged; else those of one box, for
+  /// each lane another one. A box that no row sees, or whose page there is not, lies outside the tensor: zeros.
+  struct Box {
+    int slot;
+    int row;
+  };
+
+  __device__ int boxes() const { return variant.block_keys / a_.box_keys; }
+
+  __device__ Box locate(const TileWork& work, int n) const {
+    const KeyLayout& keys = a_.problem.keys;
+    const int first_key = n * variant.block_keys;
+    if (!keys.paged()) return {work.place.cache_row, work.place.first_k + first_key};
+    const int key = first_key + static_cast<int>(threadIdx.x % 32) * a_.box_keys;
+    if (key >= work.seen.end || key + a_.box_keys <= work.seen.begin || n < work.blocks.begin) return {-1, 0};
+    const unsigned position = static_cast<unsigned>(work.place.first_k) + key;
+    const unsigned index = position / static_cast<unsigned>(keys.rows);
+    return {static_cast<int>(page_of(keys, work.place, index)), static_cast<int>(position - index * keys.rows)};
   }
 
   __device__ void load(const TileWork& work) {
     const Blocks blocks = blocks_of(work);
     const int begin = work.blocks.begin;
     int n = work.blocks.end - 1;
-    load_k(work, blocks, n);
+    Box box{};
+    Box next{};
+    if constexpr (!variant.gather) box = locate(work, n);
+    load_k(work, blocks, n, box);
     load_q(work);
+    if constexpr (!variant.gather) next = locate(work, n - 1);
     for (; n > begin; --n) {
-      load_k(work, blocks, n - 1);
-      load_v(work, blocks, n);
+      Box after{};  // pages are looked up a step ahead
+      if constexpr (!variant.gather) after = locate(work, n - 2);
+      load_k(work, blocks, n - 1, next);
+      load_v(work, blocks, n, box);
+      box = next;
+      next = after;
     }
-    load_v(work, blocks, n);
+    load_v(work, blocks, n, box);
+  }
+
+  /// Starts fetching a block of rows, which makes up `bytes`.
+  template <int padded>
+  __device__ void fetch(unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int bytes, int head, Box box) {
+    if (!a_.problem.keys.paged()) {
+      if (first_lane()) {
+        barrier.arrive_expecting(bytes);
+        load_tile<variant.block_keys>(tile, padded, map, barrier, head, box.row, box.slot);
+      }
+      return;
+    }
+    if (first_lane()) barrier.arrive_expecting(bytes);
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    if (lane < boxes()) {
+      load_tile<variant.block_keys>(tile + lane * a_.box_keys * chunk_row_bytes, padded, map, barrier, head, box.row,
+                                    box.slot);
+    }
   }
 
   __device__ void await_empty(ptx::Mbarrier& empty, unsigned parity) {
@@ -248,28 +299,26 @@ class PrefillLoader {
         return row_of(p.q, slot, static_cast<long long>(work.place.first_q) + place.query, place.head);
       });
     } else if (first_lane()) {
-      full.arrive_expecting(variant.q_bytes());
+      full.arrive_expecting(a_.tile_rows * chunks_of(variant.head_dim) * chunk_row_bytes);
       load_tile<variant.tile_rows()>(tile, variant.head_dim, a_.q, full, 0, work.place.first_q + work.first_query,
                                      work.unit, slot);
     }
     q_.advance();
   }
 
-  __device__ void load_k(const TileWork& work, const Blocks& blocks, int n) {
+  __device__ void load_k(const TileWork& work, const Blocks& blocks, int n, Box box) {
     await_empty(shared_.k.empty[k_.stage()], k_.parity());
     unsigned char* const tile = shared_.k_tiles[k_.stage()].rows;
     ptx::Mbarrier& full = shared_.k.full[k_.stage()];
     if constexpr (variant.gather) {
       gather_block<variant.head_dim>(work, blocks, n, a_.problem.k, a_.problem.head_dim, tile, full);
-    } else if (first_lane()) {
-      full.arrive_expecting(variant.k_bytes());
-      load_tile<variant.block_keys>(tile, variant.head_dim, a_.k, full, blocks.head,
-                                    blocks.first_row + n * variant.block_keys, blocks.slot);
+    } else {
+      fetch<variant.head_dim>(tile, a_.k, full, variant.k_bytes(), blocks.head, box);
     }
     k_.advance();
   }
 
-  __device__ void load_v(const TileWork& work, const Blocks& blocks, int n) {
+  __device__ void load_v(const TileWork& work, const Blocks& blocks, int n, Box box) {
     await_empty(shared_.v.empty[v_.stage()], v_.parity());
     unsigned char* const tile = shared_.v_tiles[v_.stage()].rows;
     ptx::Mbarrier& full = shared_.v.full[v_.stage()];
@@ -277,12 +326,7 @@ class PrefillLoader {
       gather_block<variant.head_dim_v>(work, blocks, n, a_.problem.v, a_.problem.head_dim_v, tile, full);
     } else {
       const bool clears = n == blocks.clear_low || n == blocks.clear_high;
-      ptx::Mbarrier& fetched = clears ? shared_.v_fetched : full;
-      if (first_lane()) {
-        fetched.arrive_expecting(variant.v_bytes());
-        load_tile<variant.block_keys>(tile, variant.head_dim_v, a_.v, fetched, blocks.head,
-                                      blocks.first_row + n * variant.block_keys, blocks.slot);
-      }
+      fetch<variant.head_dim_v>(tile, a_.v, clears ? shared_.v_fetched : full, variant.v_bytes(), blocks.head, box);
       if (clears) clear_unseen(work, n, tile, full);
     }
     v_.advance();
@@ -308,10 +352,17 @@ class PrefillLoader {
     const int first_key = n * variant.block_keys;
     const int begin = work.seen.begin - first_key;
     const int end = work.seen.end - first_key;
-    const Bits* const first_row =
-        row_of(rows, blocks.slot, blocks.first_row + static_cast<long long>(first_key), blocks.head);
+    const KeyLayout& keys = a_.problem.keys;
+    const long long first_row = work.place.first_k + static_cast<long long>(first_key);
+    const Bits* const first = keys.paged() ? nullptr : row_of(rows, work.place.cache_row, first_row, blocks.head);
     gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int row) -> const Bits* {
-      return row < begin || row >= end ? nullptr : first_row + row * rows.row_stride;
+      if (row < begin || row >= end) return nullptr;
+      if (!keys.paged()) return first + row * rows.row_stride;
+      const auto position = static_cast<unsigned>(first_row) + row;
+      const unsigned index = position / static_cast<unsigned>(keys.rows);
+      const long long page = page_of(keys, work.place, index);
+      if (page < 0 || page >= keys.slots) return nullptr;
+      return row_of(rows, page, position - index * keys.rows, blocks.head);
     });
   }
 
@@ -320,30 +371,31 @@ class PrefillLoader {
            head * rows.head_stride;
   }
 
-  const PrefillArguments& a_;
-  PrefillShared<variant>& shared_;
+  const ForwardArguments& a_;
+  ForwardShared<variant>& shared_;
   GatherLoader<3> gather_;
-  RingPlace<PrefillShared<variant>::work_stages> work_;
+  RingPlace<ForwardShared<variant>::work_stages> work_;
   RingPlace<variant.q_stages> q_;
   RingPlace<variant.stages> k_, v_;
   unsigned v_fetched_parity_ = 0;
 };
 
-/// Named barriers: 0 is __syncthreads, then come the turns of up to three consumers.
+/// Named barriers: 0 is __syncthreads, then come the turns of up to three consumers, then each by itself.
 inline constexpr int first_turn_barrier = 1;
+inline constexpr int first_warpgroup_barrier = 4;
 
-template <PrefillVariant variant>
-class PrefillConsumer {
+template <ForwardVariant variant>
+class ForwardConsumer {
  public:
   static constexpr int keys = variant.block_keys;
 
-  __device__ PrefillConsumer(const PrefillArguments& arguments, PrefillShared<variant>& shared, int group)
+  __device__ ForwardConsumer(const ForwardArguments& arguments, ForwardShared<variant>& shared, int group)
       : a_(arguments), shared_(shared), group_(group) {}
 
   /// The blocks of all tiles are one sequence: while the values of a tile's last block are multiplied, weights are made
   /// of the first block of the next.
   __device__ void run() {
-    if (group_ == variant.warpgroups - 1) pass_turn();
+    if (variant.warpgroups > 1 && group_ == variant.warpgroups - 1) pass_turn();
     TilePlace tile;
     if (!find_tile(tile)) return;
     int n = work_of(tile).blocks.end - 1;
@@ -388,30 +440,42 @@ class PrefillConsumer {
       }
       // A step to any block, perhaps the next tile's first.
       const bool last = n == work_of(tile).blocks.begin;
+      bool more = true;
       TilePlace next = tile;
       if (last) {
         next.advance();
-        if (!find_tile(next)) break;
-        n = work_of(next).blocks.end;
-        await_queries();
+        more = find_tile(next);
       }
-      --n;
-      await_keys();
-      await_values();
-      start_products(scores, weights, sums);
-      release_keys();
-      release_queries_at(next, n);
-      modify_scores(scores);
-      hide_keys(scores, next, n);
       const OnlineSoftmax finished = softmax;
-      if (last) softmax = OnlineSoftmax(a_.exponent_scale);
-      const bool rescales = softmax.template update<keys>(scores, rescale);
-      ptx::hold(scores);
-      await_values_in_use();
-      finish_values(sums);
-      round_weights(scores, weights);
+      bool rescales = false;
+      if (more) {
+        if (last) {
+          n = work_of(next).blocks.end;
+          await_queries();
+          softmax = OnlineSoftmax(a_.exponent_scale);
+        }
+        --n;
+        await_keys();
+        await_values();
+        start_products(scores, weights, sums);
+        release_keys();
+        release_queries_at(next, n);
+        modify_scores(scores);
+        hide_keys(scores, next, n);
+        rescales = softmax.template update<keys>(scores, rescale);
+        ptx::hold(scores);
+        await_values_in_use();
+        finish_values(sums);
+        round_weights(scores, weights);
+      } else {
+        await_values();
+        start_values(weights, sums, value_matrix());
+        ptx::wgmma_wait<0>();
+        ptx::hold(sums);
+      }
       if (last) {
         store(tile, sums, finished);
+        if (!more) return;
 #pragma unroll
         for (float& sum : sums) sum = 0;
         tile = next;
@@ -419,19 +483,13 @@ class PrefillConsumer {
         scale_rows<variant.head_dim_v>(sums, rescale);
       }
     }
-
-    await_values();
-    start_values(weights, sums, value_matrix());
-    ptx::wgmma_wait<0>();
-    ptx::hold(sums);
-    store(tile, sums, softmax);
   }
 
  private:
   using ScoreTile = float (&)[keys / 2];
   using Sums = float (&)[variant.head_dim_v / 2];
 
-  using TilePlace = RingPlace<PrefillShared<variant>::work_stages>;
+  using TilePlace = RingPlace<ForwardShared<variant>::work_stages>;
 
   __device__ const TileWork& work_of(TilePlace tile) const { return shared_.works[tile.stage()]; }
 
@@ -464,10 +522,10 @@ class PrefillConsumer {
     const unsigned q = query_matrix();
     const unsigned k = key_matrix();
     const unsigned v = value_matrix();
-    await_turn();
+    if constexpr (variant.warpgroups > 1) await_turn();
     start_scores(scores, q, k);
     start_values(weights, sums, v);
-    pass_turn();
+    if constexpr (variant.warpgroups > 1) pass_turn();
     ptx::wgmma_wait<1>();
     ptx::hold(scores);
   }
@@ -546,6 +604,14 @@ class PrefillConsumer {
   __device__ void store(TilePlace tile, Sums sums, const OnlineSoftmax& softmax) {
     const Problem& p = a_.problem;
     const TileWork& work = work_of(tile);
+    if constexpr (variant.splits) {
+      if (work.part.count > 1) {
+        store_part(work, sums, softmax);
+        if (is_last_part(work)) merge_parts(work);
+        release_tile(tile);
+        return;
+      }
+    }
     const int slot = p.query_slot(work.sequence);
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
@@ -566,6 +632,73 @@ class PrefillConsumer {
     release_tile(tile);
   }
 
+  /// A row of a slot of partial results.
+  __device__ long long partial_row(const TileWork& work, int part, int row) const {
+    return static_cast<long long>(work.part.slot(part)) * a_.parts.rows + row;
+  }
+
+  __device__ void store_part(const TileWork& work, Sums sums, const OnlineSoftmax& softmax) const {
+#pragma unroll
+    for (int i = 0; i < rows_of_thread; ++i) {
+      const int row = group_ * 64 + accumulator_row(i);
+      const float2 weight = softmax.partial(i);
+      if (place_of(a_, work, row).query >= work.used) continue;
+      const long long at = partial_row(work, work.part.index, row);
+      float* const target = a_.parts.sums + at * variant.head_dim_v + accumulator_column();
+#pragma unroll
+      for (int j = 0; j < variant.head_dim_v / 8; ++j) {
+        *reinterpret_cast<float2*>(target + 8 * j) = make_float2(sums[4 * j + 2 * i], sums[4 * j + 2 * i + 1]);
+      }
+      if (accumulator_column() == 0) reinterpret_cast<float2*>(a_.parts.weights)[at] = weight;
+    }
+  }
+
+  /// Tells that this warpgroup's part is done. Whether it was the last of its rows.
+  __device__ bool is_last_part(const TileWork& work) {
+    __threadfence();
+    await_warpgroup();
+    if (threadIdx.x % 128 == 0) {
+      int* const done = a_.counters + work.part.counter * variant.warpgroups + group_;
+      const bool last = atomicAdd(done, 1) == work.part.count - 1;
+      if (last) *done = 0;
+      shared_.merges[group_] = last;
+    }
+    await_warpgroup();
+    __threadfence();
+    return shared_.merges[group_];
+  }
+
+  /// The warps of this warpgroup merge the parts of its rows, each a row at a time.
+  __device__ void merge_parts(const TileWork& work) const {
+    const Problem& p = a_.problem;
+    const int slot = p.query_slot(work.sequence);
+#pragma unroll 1
+    for (int row = group_ * 64 + threadIdx.x % 128 / 32; row < group_ * 64 + 64; row += 4) {
+      const RowPlace place = place_of(a_, work, row);
+      if (place.query >= work.capacity) return;
+      const long long out_row = static_cast<long long>(work.place.first_q) + place.query;
+      if (place.query >= work.used) {
+        clear_row(p, slot, out_row, place.head, -infinity());
+        continue;
+      }
+      auto* const out = static_cast<unsigned short*>(p.out.at(slot, out_row, place.head));
+      const float lse = merge_row(
+          work.part.count, sink_of(p, place.head), p.head_dim_v,
+          [&](int part) {
+            const long long at = partial_row(work, part, row);
+            const float2 weight = __ldcg(reinterpret_cast<const float2*>(a_.parts.weights) + at);
+            return PartialRow{a_.parts.sums + at * variant.head_dim_v, weight.x, weight.y};
+          },
+          [&](int column, float first, float second) {
+            const unsigned both = pack<variant.element>(first, second);
+            out[column] = static_cast<unsigned short>(both);
+            if (column + 1 < p.head_dim_v) out[column + 1] = static_cast<unsigned short>(both >> 16);
+          });
+      if (p.lse.data != nullptr && first_lane()) p.lse.at(slot, place.head, out_row) = lse;
+    }
+  }
+
+  __device__ void await_warpgroup() const { ptx::barrier_sync(first_warpgroup_barrier + group_, 128); }
   __device__ void await_turn() const { ptx::barrier_sync(first_turn_barrier + group_, 256); }
   __device__ void pass_turn() const {
     ptx::barrier_arrive(first_turn_barrier + (group_ + 1) % variant.warpgroups, 256);
@@ -590,16 +723,16 @@ class PrefillConsumer {
     next_.advance();
   }
 
-  const PrefillArguments& a_;
-  PrefillShared<variant>& shared_;
+  const ForwardArguments& a_;
+  ForwardShared<variant>& shared_;
   int group_;
   RingPlace<variant.q_stages> q_;
   RingPlace<variant.stages> next_;  ///< of the keys that come next; the values come a block behind
 };
 
 /// Rows of ragged tensors that belong to no sequence: out 0, lse -inf.
-template <PrefillVariant variant>
-__device__ void clear_rows_outside(const PrefillArguments& a) {
+template <ForwardVariant variant>
+__device__ void clear_rows_outside(const ForwardArguments& a) {
   const Problem& p = a.problem;
   if (!p.ragged_queries()) return;
   const int begin = clamp(p.queries.cu_seqlens[0], 0, p.queries.rows);
@@ -612,11 +745,11 @@ __device__ void clear_rows_outside(const PrefillArguments& a) {
   }
 }
 
-template <PrefillVariant variant>
-__device__ void prefill(const PrefillArguments& a) {
-  static_assert(sizeof(PrefillShared<variant>) <= variant.shared_bytes());
+template <ForwardVariant variant>
+__device__ void forward(const ForwardArguments& a) {
+  static_assert(sizeof(ForwardShared<variant>) <= variant.shared_bytes());
   extern __shared__ unsigned char memory[];
-  auto& shared = *reinterpret_cast<PrefillShared<variant>*>(memory);
+  auto& shared = *reinterpret_cast<ForwardShared<variant>*>(memory);
   if (threadIdx.x == 0) {
     if constexpr (!variant.gather) {
       for (const TensorMap* map : {&a.q, &a.k, &a.v}) ptx::prefetch(*map);
@@ -626,15 +759,19 @@ __device__ void prefill(const PrefillArguments& a) {
   __syncthreads();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
-    ptx::give_up_registers<variant.producer_registers()>();
+    if constexpr (variant.moves_registers()) ptx::give_up_registers<variant.producer_registers()>();
     if (threadIdx.x < 32) {
-      schedule(a, shared);
+      if constexpr (variant.splits) {
+        schedule<variant, SplitScheduler<variant>>(a, shared);
+      } else {
+        schedule<variant, TileScheduler<variant>>(a, shared);
+      }
     } else if (variant.gather || threadIdx.x < 64) {
-      PrefillLoader<variant>(a, shared).run();
+      ForwardLoader<variant>(a, shared).run();
     }
   } else {
-    ptx::take_registers<variant.consumer_registers()>();
-    PrefillConsumer<variant>(a, shared, warpgroup - 1).run();
+    if constexpr (variant.moves_registers()) ptx::take_registers<variant.consumer_registers()>();
+    ForwardConsumer<variant>(a, shared, warpgroup - 1).run();
   }
   clear_rows_outside<variant>(a);
 }

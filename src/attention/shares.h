@@ -1,0 +1,123 @@
+// How the work of a call is shared out evenly: the keys of tiles are cut into grains, all grains of the call are counted
+// in one row, and each worker takes as many of them, one after another, as any other.
+//
+// Shared with device code: includes nothing but its siblings.
+#pragma once
+
+#include "attention/tiling.h"
+
+namespace mate {
+
+/// What a grain is.
+struct Cut {
+  enum class Kind {
+    even,     ///< a block of keys; a worker that has several of one tile takes them as one part
+    counted,  ///< one of `size` equal parts of a tile's blocks, each taken by itself
+    aligned   ///< the blocks between two multiples of a sequence's own distance, each taken by itself
+  };
+  Kind kind = Kind::even;
+  int size = 1;
+
+  /// Whether a worker takes one grain at a time, so that parts do not depend on how many workers there are.
+  constexpr bool takes_single_grains() const { return kind != Kind::even; }
+};
+
+/// Parts that an aligned cut makes of a sequence's keys.
+inline constexpr int most_aligned_parts = 64;
+
+/// The distance, in blocks, of an aligned cut: of a sequence with so many packed rows and keys. It must depend on
+/// nothing else, or bits would. Where queries are many there are tiles enough.
+constexpr int aligned_distance(const Lengths& lengths, int group, int block_keys) {
+  constexpr int few_rows = 64;
+  if (static_cast<long long>(lengths.sq) * group > few_rows) return max_length;
+  constexpr int usual_parts = 16;  // more only where a part would be longer than this
+  constexpr int longest = 16;
+  const long long blocks = divide_up(lengths.sk, block_keys);
+  int distance = 1;
+  while ((distance < longest && distance * usual_parts < blocks) || distance * most_aligned_parts < blocks) distance *= 2;
+  return distance;
+}
+
+/// Grains of a tile that needs these blocks of keys. One that needs none is a grain too: its rows are written.
+constexpr int grains_of(const Cut& cut, BlockRange blocks, int distance) {
+  const int size = blocks.size();
+  if (size == 0) return 1;
+  if (cut.kind == Cut::Kind::counted) return cut.size < size ? cut.size : size;
+  if (cut.kind == Cut::Kind::aligned) return (blocks.end - 1) / distance - blocks.begin / distance + 1;
+  return size;
+}
+
+/// The blocks of grains `first` .. `first + count` of a tile; count is 1 where single grains are taken.
+constexpr BlockRange blocks_of_grains(const Cut& cut, BlockRange blocks, int distance, int first, int count) {
+  if (blocks.size() == 0) return blocks;
+  if (cut.kind == Cut::Kind::counted) return blocks_of_split(blocks, first, grains_of(cut, blocks, distance));
+  if (cut.kind == Cut::Kind::even) return {blocks.begin + first, blocks.begin + first + count};
+  const long long begin = (static_cast<long long>(blocks.begin / distance) + first) * distance;
+  const long long end = begin + distance;
+  return {begin > blocks.begin ? static_cast<int>(begin) : blocks.begin,
+          end < blocks.end ? static_cast<int>(end) : blocks.end};
+}
+
+/// The grains of one worker.
+struct Share {
+  long long begin = 0;
+  long long end = 0;
+};
+
+/// No worker's share is empty: of fewer grains than workers the last workers take none.
+constexpr Share share_of(long long grains, int workers, int worker) {
+  const long long taking = grains < workers ? grains : workers;
+  if (worker >= taking) return {};
+  return {grains * worker / taking, grains * (worker + 1) / taking};
+}
+
+/// The worker that takes a grain.
+constexpr int worker_of(long long grains, int workers, long long grain) {
+  const long long taking = grains < workers ? grains : workers;
+  return static_cast<int>(divide_up((grain + 1) * taking, grains)) - 1;
+}
+
+/// A part of a tile's keys, and where the results of it and of the other parts lie until they are merged. A part that is
+/// the whole has its results written at once.
+struct TilePart {
+  int index = 0;
+  int count = 1;
+  int first_slot = 0;  ///< of part 0
+  int next_slot = 0;   ///< of part 1; from there on they are `step` apart
+  int step = 1;
+  int counter = 0;  ///< of the parts that are done
+
+  constexpr int slot(int part) const { return part == 0 ? first_slot : next_slot + (part - 1) * step; }
+};
+
+/// Slots that the parts of a call need at most, and counters: `grains` bounds how many there are where single grains
+/// are taken.
+constexpr long long slots_of(const Cut& cut, int workers, long long grains) {
+  return cut.takes_single_grains() ? grains : 2LL * workers;
+}
+constexpr int counters_of(int workers) { return 2 * workers; }
+
+/// The part of a tile of grains [tile.begin, tile.end) that begins with grain `at`. Each worker shares at most the first
+/// and the last of its tiles with others.
+constexpr TilePart part_of(const Cut& cut, long long grains, int workers, Share tile, long long at) {
+  TilePart part;
+  const int first = worker_of(grains, workers, tile.begin);
+  const int last = worker_of(grains, workers, tile.end - 1);
+  // Two, since a worker may have begun its last tile with others while its own earlier ones are not done.
+  part.counter = 2 * first + (first == last);
+  if (cut.takes_single_grains()) {
+    part.index = static_cast<int>(at - tile.begin);
+    part.count = static_cast<int>(tile.end - tile.begin);
+    part.first_slot = static_cast<int>(tile.begin);
+    part.next_slot = part.first_slot + 1;
+    return part;
+  }
+  part.index = worker_of(grains, workers, at) - first;
+  part.count = last - first + 1;
+  part.first_slot = 2 * first + 1;
+  part.next_slot = 2 * (first + 1);
+  part.step = 2;
+  return part;
+}
+
+}  // namespace mate

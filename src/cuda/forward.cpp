@@ -1,0 +1,301 @@
+// Chooses, prepares and launches the forward kernel of a call.
+#include <algorithm>
+#include <array>
+#include <cfloat>
+#include <cmath>
+#include <numeric>
+#include <span>
+
+#include "attention/check.h"
+#include "backend.h"
+#include "counters.h"
+#include "device.h"
+#include "kernel_library.h"
+#include "kernels/forward_arguments.h"
+#include "scratch.h"
+#include "tensor_map.h"
+#include "variants.h"
+
+namespace mate::cuda {
+namespace {
+
+constexpr int element_bytes = 2;
+
+/// The powers of two, up to 16, that divide all addresses of rows.
+class Alignment {
+ public:
+  void add(const Rows& rows, long long slots, long long row_count, long long heads) {
+    add(reinterpret_cast<std::uintptr_t>(rows.data));
+    if (slots > 1) add(rows.slot_stride * element_bytes);
+    if (row_count > 1) add(rows.row_stride * element_bytes);
+    if (heads > 1) add(rows.head_stride * element_bytes);
+  }
+  void add(long long bytes) { bytes_ = std::gcd(bytes_, bytes); }
+  int bytes() const { return static_cast<int>(bytes_); }
+
+ private:
+  long long bytes_ = 16;
+};
+
+/// A dimension of a tensor for the copy engine. Where there is one entry the stride is of no account.
+struct Dimension {
+  long long extent;
+  long long stride;  ///< in elements
+  int box;
+
+  std::uint64_t bytes() const { return extent > 1 ? static_cast<std::uint64_t>(stride) * element_bytes : 16; }
+};
+
+bool encode(TensorMap& map, const void* data, int head_dim, std::span<const Dimension> rest) {
+  constexpr std::size_t most_dimensions = 5;
+  std::array<std::uint64_t, most_dimensions> extents{static_cast<std::uint64_t>(head_dim)};
+  std::array<std::uint64_t, most_dimensions> strides{};
+  std::array<std::uint32_t, most_dimensions> box{chunk_columns};
+  std::size_t rank = 1;
+  for (const Dimension& dimension : rest) {
+    extents[rank] = static_cast<std::uint64_t>(dimension.extent);
+    strides[rank - 1] = dimension.bytes();
+    box[rank] = static_cast<std::uint32_t>(dimension.box);
+    ++rank;
+  }
+  return encode_tensor_map(map, element_bytes, data, std::span(extents).first(rank), std::span(strides).first(rank - 1),
+                           std::span(box).first(rank));
+}
+
+/// Describes the tensors to the copy engine. False where it cannot read one of them.
+bool encode_maps(const Problem& p, ForwardArguments& arguments) {
+  const int pack = arguments.pack;
+  const Dimension q[] = {{pack, p.q.head_stride, pack},
+                         {p.queries.rows, p.q.row_stride, arguments.tile_rows / pack},
+                         {p.heads_q / pack, p.q.head_stride * pack, 1},
+                         {p.query_slots(), p.q.slot_stride, 1}};
+  if (!encode(arguments.q, p.q.data, p.head_dim, q)) return false;
+  if (p.keys.rows == 0 || p.keys.slots == 0) return true;  // nothing will be read
+  const auto encode_keys = [&](TensorMap& map, const Rows& rows, int head_dim) {
+    const Dimension dimensions[] = {{p.heads_k, rows.head_stride, 1},
+                                    {p.keys.rows, rows.row_stride, arguments.box_keys},
+                                    {p.keys.slots, rows.slot_stride, 1}};
+    return encode(map, rows.data, head_dim, dimensions);
+  };
+  return encode_keys(arguments.k, p.k, p.head_dim) && encode_keys(arguments.v, p.v, p.head_dim_v);
+}
+
+Scores scores_of(const Problem& p) {
+  if (p.softcap > 0) return Scores::capped;
+  return p.softmax_scale > 0 ? Scores::products : Scores::scaled;
+}
+
+void set_scales(const Problem& p, ForwardArguments& arguments) {
+  constexpr float log2_of_e = 1.4426950408889634F;
+  const auto finite = [](float x) { return std::clamp(x, -FLT_MAX, FLT_MAX); };
+  if (p.softcap > 0) {
+    arguments.score_factor = finite(p.softmax_scale / p.softcap);
+    arguments.exponent_scale = finite(p.softcap * log2_of_e);
+  } else if (p.softmax_scale == 0) {
+    arguments.score_factor = 0;
+    arguments.exponent_scale = 1;
+  } else {
+    // The largest score is then the largest product.
+    arguments.score_factor = p.softmax_scale < 0 ? -1 : 1;
+    arguments.exponent_scale = finite(std::abs(p.softmax_scale) * log2_of_e);
+  }
+}
+
+/// Query rows of the longest sequence, as far as the host knows.
+int most_rows(const Problem& p) {
+  return p.ragged_queries() ? p.max_seqlen_q : std::min(p.max_seqlen_q, p.queries.rows);
+}
+
+/// Query heads that share a tile: those of a group, or an equal part of them, where that makes fewer tiles.
+int choose_pack(const Problem& p, const ForwardVariant& variant) {
+  const int group = p.group();
+  if (p.pack_gqa == 0 || group <= 1) return 1;
+  if (std::int64_t{most_rows(p)} * group > max_length) return 1;
+  int pack = std::min(group, variant.tile_rows());
+  while (group % pack != 0) --pack;
+  const std::int64_t apart = std::int64_t{pack} * tiles_of(variant.tiling(1), most_rows(p));
+  return p.pack_gqa == 1 || tiles_of(variant.tiling(pack), most_rows(p)) < apart ? pack : 1;
+}
+
+/// At least as many tiles as there are: only the device knows the lengths of ragged sequences.
+std::int64_t most_tiles(const Problem& p, const Tiling& tiling) {
+  const std::int64_t tiles = p.ragged_queries() ? std::int64_t{tiles_of(tiling, p.queries.rows)} + p.batch
+                                                : std::int64_t{tiles_of(tiling, p.queries.rows)} * p.batch;
+  return tiles * (p.heads_q / tiling.pack);
+}
+
+/// Keys of the longest sequence, as far as the host knows.
+int most_keys(const Problem& p) {
+  const std::int64_t capacity = p.keys.paged() ? std::int64_t{p.keys.max_pages} * p.keys.rows : p.keys.rows;
+  return static_cast<int>(std::min<std::int64_t>(capacity, p.max_seqlen_k));
+}
+
+/// Whether all packed rows of any sequence fit one consumer: decoding, mostly.
+bool has_few_rows(const Problem& p) {
+  const int pack = p.pack_gqa == 0 ? 1 : p.group();
+  return std::int64_t{most_rows(p)} * pack <= 64;
+}
+
+/// Whether keys are shared out among blocks of threads: where the call says so, and where tiles are too few, or too
+/// uneven, to keep all multiprocessors busy to the end.
+bool shares_keys(const Problem& p, int multiprocessors) {
+  constexpr int tiles_enough = 8;  // of each multiprocessor
+  if (p.batch_invariant) {
+    // Sequences of few rows are cut. How many rows ragged and padded ones have only the device knows.
+    return p.ragged_queries() || p.queries.seqused.given() || std::int64_t{p.queries.rows} * p.group() <= 64;
+  }
+  if (p.num_splits != 0) return p.num_splits > 1;
+  return has_few_rows(p) || most_tiles(p, {128, 128, p.group()}) < std::int64_t{tiles_enough} * multiprocessors;
+}
+
+Cut choose_cut(const Problem& p) {
+  if (p.batch_invariant) return {Cut::Kind::aligned};
+  if (p.num_splits > 1) return {Cut::Kind::counted, p.num_splits};
+  return {Cut::Kind::even};
+}
+
+VariantChoice choose(const Problem& p, int multiprocessors) {
+  constexpr int few_keys = 1024;
+  VariantChoice choice{p.head_dim, p.head_dim_v, p.q.type, scores_of(p)};
+  choice.splits = shares_keys(p, multiprocessors);
+  choice.few_rows = has_few_rows(p);
+  choice.alike = p.batch_invariant;
+  const bool diagonal = p.mask.right >= 0 || p.mask.chunk > 0;
+  choice.narrow = diagonal || most_keys(p) <= few_keys;
+  return choice;
+}
+
+/// Rows of keys that the copy engine can fetch together, as many as divide a block and a page; 0 where that is fewer
+/// than the eight rows of a swizzled tile, or where sequences begin anywhere in a page.
+int choose_box(const KeyLayout& keys, int block_keys) {
+  if (!keys.paged()) return block_keys;
+  const int rows = std::gcd(keys.rows, block_keys);
+  return rows % 8 == 0 && !keys.leftpad.given() ? rows : 0;
+}
+
+/// Memory for the results of parts.
+void take_parts(const Problem& p, const ForwardVariant& variant, std::int64_t tiles, int workers, Scratch& scratch,
+                ForwardArguments& arguments) {
+  std::int64_t grains = 0;
+  if (arguments.cut.kind == Cut::Kind::counted) grains = tiles * arguments.cut.size;
+  if (arguments.cut.kind == Cut::Kind::aligned) {
+    grains = tiles * std::min<std::int64_t>(divide_up(most_keys(p), variant.block_keys) + 1, most_aligned_parts + 1);
+  }
+  const std::int64_t slots = slots_of(arguments.cut, workers, grains);
+  require(slots < max_length, "the call would have ", slots, " parts, which must be fewer than 2**31");
+  PartialResults& parts = arguments.parts;
+  parts.rows = static_cast<int>(std::min<std::int64_t>(arguments.tile_rows, std::int64_t{most_rows(p)} * arguments.pack));
+  const std::int64_t rows = slots * parts.rows;
+  parts.sums = scratch.take<float>(rows * (variant.head_dim_v + 2));
+  parts.weights = parts.sums + rows * variant.head_dim_v;
+}
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  fail(ErrorKind::not_implemented, "on an NVIDIA GPU MATE does not serve ", parts..., " yet");
+}
+
+KernelFamily& forward_kernels() {
+  static KernelFamily kernels;
+  return kernels;
+}
+
+KernelFamily& scheduler_metadata_kernels() {
+  static KernelFamily kernels;
+  return kernels;
+}
+
+}  // namespace
+
+void require_served(const Problem& p, int device_id) {
+  const Device& gpu = device(device_id);
+  if (gpu.capability != 90) {
+    refuse("compute capability ", gpu.capability / 10, ".", gpu.capability % 10, " (", gpu.name,
+           "), only Hopper's 9.0,");
+  }
+  for (const ElementType type : {p.q.type, p.k.type}) {
+    if (type == ElementType::float32) fail(ErrorKind::not_implemented, "float32 is served on the CPU only");
+    if (type == ElementType::float8_e4m3) refuse("float8_e4m3fn");
+  }
+  if (p.qv.given()) refuse("qv");
+  require_head_sizes(p.head_dim, p.head_dim_v);
+  if (p.keys.appends) refuse("appending to a cache");
+}
+
+void forward(const Problem& p, int device_id, void* stream, const Allocate& allocate) {
+  if (p.batch == 0 && !p.ragged_queries()) return;
+  if (p.queries.rows == 0 || p.heads_q == 0) return;
+  const Device& gpu = device(device_id);
+  const CurrentContext context(gpu);
+  const auto queue = static_cast<CUstream>(stream);
+  const int multiprocessors = std::max(1, gpu.multiprocessors - p.sm_margin);
+
+  ForwardArguments arguments;
+  arguments.problem = p;
+  Alignment inputs;
+  inputs.add(p.q, p.query_slots(), p.queries.rows, p.heads_q);
+  inputs.add(p.k, p.keys.slots, p.keys.rows, p.heads_k);
+  inputs.add(p.v, p.keys.slots, p.keys.rows, p.heads_k);
+  VariantChoice choice = choose(p, multiprocessors);
+  ForwardVariant variant;
+  const auto settle = [&](bool gather) {
+    choice.gather = gather;
+    variant = choose_variant(choice);
+    arguments.pack = choose_pack(p, variant);
+    arguments.tile_rows = variant.tiling(arguments.pack).tile_rows;
+    arguments.box_keys = choose_box(p.keys, variant.block_keys);
+    return gather || (arguments.box_keys > 0 && encode_maps(p, arguments));
+  };
+  if (inputs.bytes() < 16 || !settle(false)) settle(true);
+  inputs.add(p.head_dim * element_bytes);
+  inputs.add(p.head_dim_v * element_bytes);
+  arguments.copy_bytes = inputs.bytes();
+  Alignment results;
+  results.add(p.out, p.query_slots(), p.queries.rows, p.heads_q);
+  results.add(p.head_dim_v * element_bytes);
+  arguments.wide_rows = results.bytes() == 16;
+  arguments.heads_reciprocal = 1.0F / static_cast<float>(arguments.pack);
+  set_scales(p, arguments);
+  arguments.keys_in_l2 = gpu.l2_bytes / 2 / ((p.head_dim + p.head_dim_v) * element_bytes);
+
+  const std::int64_t tiles = most_tiles(p, variant.tiling(arguments.pack));
+  require(tiles < max_length - gpu.multiprocessors, "q must have fewer than 2**31 tiles of ", arguments.tile_rows,
+          " rows, got ", tiles);
+  int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, multiprocessors));
+  Scratch scratch(allocate, device_id, queue);
+  if (variant.splits) {
+    blocks = std::min(multiprocessors, counters_of_launch / counters_of(variant.warpgroups));
+    arguments.cut = choose_cut(p);
+    take_parts(p, variant, tiles, blocks, scratch, arguments);
+  }
+  const Kernel kernel = forward_kernels().load(gpu, key_of(variant), [&] { return source_of(variant); });
+  arguments.counters = counters(queue);
+  const Launch shape{.grid = {static_cast<unsigned>(blocks)},
+                     .block = {static_cast<unsigned>(variant.threads())},
+                     .stream = queue};
+  launch(kernel, shape, arguments);
+}
+
+void scheduler_metadata(const Problem& p, int device_id, void* stream, int* out, std::int64_t stride) {
+  if (p.batch == 0) return;
+  require_served(p, device_id);
+  const Device& gpu = device(device_id);
+  const CurrentContext context(gpu);
+  ForwardArguments arguments;
+  arguments.problem = p;
+  VariantChoice choice = choose(p, gpu.multiprocessors);
+  choice.splits = true;
+  const ForwardVariant variant = choose_variant(choice);
+  arguments.pack = choose_pack(p, variant);
+  arguments.tile_rows = variant.tiling(arguments.pack).tile_rows;
+  const Kernel kernel = scheduler_metadata_kernels().load(gpu, variant.block_keys, [&] {
+    return scheduler_metadata_source(variant.block_keys);
+  });
+  constexpr unsigned threads = 32;
+  const Launch shape{.grid = {static_cast<unsigned>(divide_up(p.batch, threads))},
+                     .block = {threads},
+                     .stream = static_cast<CUstream>(stream)};
+  launch(kernel, shape, arguments, out, static_cast<long long>(stride));
+}
+
+}  // namespace mate::cuda

@@ -1,0 +1,38 @@
+// What a forward kernel is launched with.
+#pragma once
+
+#include "attention/problem.h"
+#include "attention/shares.h"
+#include "tensor_map.h"
+
+namespace mate::cuda {
+
+/// Results over parts of tiles' keys, until they are merged: `rows` rows to each slot.
+struct PartialResults {
+  float* sums = nullptr;      ///< (slots, rows, dv rounded up), float32
+  float* weights = nullptr;   ///< (slots, rows, 2): the exponent of 2 that they are relative to, and their sum
+  int rows = 0;
+};
+
+struct ForwardArguments {
+  TensorMap q;  ///< (d, pack, rows, head units, slots), in boxes of a tile's rows; the maps are of no use to a gather
+  TensorMap k;  ///< (d, heads, rows, slots), in boxes of `box_keys` keys
+  TensorMap v;
+  Problem problem;
+  int pack = 1;                ///< query heads that share a tile
+  int tile_rows = 0;           ///< rows of a tile: a multiple of pack
+  float heads_reciprocal = 1;  ///< 1 / pack
+  float score_factor = 1;      ///< multiplies products before they are capped and compared: 1, but for odd scales
+  float exponent_scale = 1;    ///< multiplies scores to make them exponents of 2; not negative
+  int keys_in_l2 = 0;          ///< keys and values of one head that the L2 cache holds
+  int copy_bytes = 0;          ///< of a gather: rows are copied in pieces of so many bytes
+  int box_keys = 0;            ///< rows of k that are fetched together: no more than a page has
+  bool wide_rows = false;      ///< rows of out are aligned to 16 bytes
+  int* counters = nullptr;     ///< 0 before and after: of tiles taken, or of the parts of tiles that are done
+
+  // Where the keys of tiles are shared out.
+  Cut cut;
+  PartialResults parts;
+};
+
+}  // namespace mate::cuda

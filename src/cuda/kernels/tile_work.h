@@ -1,0 +1,94 @@
+// What a block of threads works on next, and which keys it needs.
+#pragma once
+
+#include "attention/shares.h"
+#include "forward_arguments.h"
+#include "forward_variant.h"
+#include "ptx/shared.h"
+
+namespace mate::cuda {
+
+/// A tile of query rows and the keys it needs.
+struct TileWork {
+  int sequence = -1;  ///< of the batch; negative: there are no more tiles
+  int unit = 0;       ///< `pack` query heads
+  int tile = 0;
+  int first_query = 0;  ///< query row of the sequence that the tile begins with,
+  int first_head = 0;   ///< and which of the unit's heads
+  int capacity = 0;     ///< rows of out that belong to the sequence,
+  int used = 0;         ///< and how many of them are computed: the rest is cleared
+  Sequence place;
+  KeyRange seen;         ///< keys that some row of the sequence sees
+  KeyRange seen_by_all;  ///< keys that every row of the tile sees
+  BlockRange blocks;     ///< of keys that some row of the tile sees, and that are this block's part of them
+  BlockRange whole;      ///< those of them that every row of the tile sees whole
+  TilePart part;
+};
+
+/// Finds the keys of tiles.
+template <ForwardVariant variant>
+class TileFinder {
+ public:
+  __device__ explicit TileFinder(const ForwardArguments& arguments) : a_(arguments) {}
+
+  __device__ const Problem& problem() const { return a_.problem; }
+  __device__ Tiling tiling() const { return {a_.tile_rows, variant.block_keys, a_.pack}; }
+  __device__ int units() const { return problem().heads_q / a_.pack; }
+
+  /// Of one unit.
+  __device__ int tiles_of_sequence(int b) const { return tiles_of(tiling(), query_capacity(problem().queries, b)); }
+
+  __device__ int used_rows(const Lengths& lengths) const {
+    return lengths.sq < problem().max_seqlen_q ? lengths.sq : problem().max_seqlen_q;
+  }
+
+  /// The blocks of keys that some row of a tile of a sequence sees.
+  __device__ BlockRange blocks_of_tile(const Lengths& lengths, int used, int tile) const {
+    const TileRows rows = rows_of_tile(tiling(), used, tile);
+    if (rows.count() <= 0) return {};
+    return blocks_of_keys(tiling(), keys_of_some_row(problem().mask, lengths, query_of_row(rows.first),
+                                                     query_of_row(rows.last)));
+  }
+
+  /// Where the rows of a sequence are.
+  __device__ void locate(TileWork& work) const {
+    work.place = problem().sequence(work.sequence);
+    work.capacity = query_capacity(problem().queries, work.sequence);
+    work.used = used_rows(work.place.lengths);
+    work.part = {};
+    ptx::forget_shared_memory();
+  }
+
+  /// The keys of a tile that is located.
+  __device__ void find_keys(TileWork& work) const {
+    const Mask& mask = problem().mask;
+    const Lengths& lengths = work.place.lengths;
+    const TileRows rows = rows_of_tile(tiling(), work.used, work.tile);
+    work.first_query = query_of_row(rows.first);
+    work.first_head = static_cast<int>(rows.first - static_cast<long long>(work.first_query) * a_.pack);
+    const int last_query = query_of_row(rows.last);
+    work.seen = {};
+    work.seen_by_all = {};
+    work.whole = {};
+    work.blocks = blocks_of_tile(lengths, work.used, work.tile);
+    ptx::forget_shared_memory();
+    if (rows.count() <= 0) return;
+    work.seen = keys_of_some_row(mask, lengths, 0, work.used - 1);
+    ptx::forget_shared_memory();
+    work.seen_by_all = keys_of_every_row(mask, lengths, work.first_query, last_query);
+    ptx::forget_shared_memory();
+    work.whole = {static_cast<int>(divide_up(work.seen_by_all.begin, variant.block_keys)),
+                  work.seen_by_all.end / variant.block_keys};
+  }
+
+ protected:
+  /// The query that a packed row belongs to. The host sees to it that packed rows are counted in 32 bits: GPUs divide
+  /// 64 by long programs.
+  __device__ int query_of_row(long long row) const {
+    return static_cast<int>(static_cast<unsigned>(row) / static_cast<unsigned>(a_.pack));
+  }
+
+  const ForwardArguments& a_;
+};
+
+}  // namespace mate::cuda

@@ -1,0 +1,173 @@
+#include "variants.h"
+
+#include <algorithm>
+#include <set>
+#include <string>
+
+#include "attention/check.h"
+#include "backend.h"
+
+namespace mate::cuda {
+namespace {
+
+constexpr int largest_head_dim = 256;
+/// Shared memory that tiles may take of the 227 KiB of a block.
+constexpr int tile_bytes = 227 * 1024 - other_shared_bytes;
+constexpr int widest_block_keys = 176;
+constexpr int most_stages = 8;
+
+constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
+
+/// Blocks of a power of two fit pages, whose size is one too.
+int power_of_two_below(int x) {
+  int power = 16;
+  while (2 * power <= x) power *= 2;
+  return power;
+}
+
+/// The most keys of a block that registers and shared memory hold.
+int most_block_keys(const ForwardVariant& variant, bool narrow) {
+  const bool capped = variant.scores == Scores::capped;
+  // A thread keeps sums, scores and weights, and needs some registers besides, more where scores are capped.
+  int other_registers = variant.warpgroups == 3 ? 32 : 36;
+  if (capped) other_registers += variant.gather || variant.splits ? 32 : 20;
+  const int registers = variant.consumer_registers() - other_registers - variant.head_dim_v / 2;
+  const int row_bytes = (chunks_of(variant.head_dim) + chunks_of(variant.head_dim_v)) * chunk_row_bytes;
+  const int by_registers = registers * 4 / 3;
+  const int by_memory = (tile_bytes - variant.q_bytes()) / (variant.stages * row_bytes);
+  const int most = capped && variant.warpgroups == 3                      ? 96
+                   : capped || narrow || variant.gather || variant.splits ? 128
+                                                                          : widest_block_keys;
+  const int keys = std::min({by_registers, by_memory, most}) / 16 * 16;
+  return variant.splits ? power_of_two_below(keys) : keys;
+}
+
+/// The width that all variants of these head sizes can have.
+int common_block_keys(const VariantChoice& choice) {
+  int keys = widest_block_keys;
+  for (int choices = 0; choices < 8; ++choices) {
+    VariantChoice other = choice;
+    other.gather = (choices & 1) != 0;
+    other.splits = (choices & 2) != 0;
+    other.few_rows = (choices & 4) != 0;
+    other.narrow = true;
+    other.alike = false;
+    keys = std::min(keys, choose_variant(other).block_keys);
+  }
+  return power_of_two_below(keys);
+}
+
+const char* name_of(ElementType type) { return type == ElementType::float16 ? "float16" : "bfloat16"; }
+
+const char* name_of(Scores scores) {
+  switch (scores) {
+    case Scores::products:
+      return "products";
+    case Scores::scaled:
+      return "scaled";
+    case Scores::capped:
+      return "capped";
+  }
+  return "";
+}
+
+}  // namespace
+
+void require_head_sizes(int head_dim, int head_dim_v) {
+  if (std::max(head_dim, head_dim_v) > largest_head_dim) {
+    fail(ErrorKind::not_implemented, "on an NVIDIA GPU MATE does not serve head sizes above ", largest_head_dim,
+         " (q and k have ", head_dim, ", v has ", head_dim_v, ") yet");
+  }
+}
+
+ForwardVariant choose_variant(const VariantChoice& choice) {
+  ForwardVariant variant;
+  variant.element = choice.type;
+  variant.head_dim = round_up(choice.head_dim, 16);
+  variant.head_dim_v = round_up(choice.head_dim_v, 16);
+  variant.scores = choice.scores;
+  variant.gather = choice.gather;
+  variant.splits = choice.splits;
+  const bool small = std::max(variant.head_dim, variant.head_dim_v) <= 64;
+  variant.warpgroups = choice.few_rows ? 1 : small && !choice.gather && !choice.splits ? 3 : 2;
+  variant.stages = 2;
+  variant.block_keys = choice.alike ? common_block_keys(choice) : most_block_keys(variant, choice.narrow);
+  if (choice.splits && !choice.gather && !choice.alike) {
+    // How keys are cut must not depend on where they lie.
+    VariantChoice gathers = choice;
+    gathers.gather = true;
+    variant.block_keys = std::min(variant.block_keys, choose_variant(gathers).block_keys);
+  }
+  const int stage_bytes = variant.k_bytes() + variant.v_bytes();
+  if (choice.few_rows) {
+    // Keys are a stream that has to flow on while a tile ends and the next begins.
+    const int stages = (tile_bytes - 2 * variant.q_bytes()) / stage_bytes;
+    variant.stages = std::clamp(stages, variant.stages, most_stages);
+  }
+  variant.q_stages = variant.stages * stage_bytes + 2 * variant.q_bytes() <= tile_bytes ? 2 : 1;
+  return variant;
+}
+
+std::uint64_t key_of(const ForwardVariant& v) {
+  std::uint64_t key = 0;
+  const auto append = [&](int value, int bits) { key = key << bits | static_cast<std::uint64_t>(value); };
+  append(static_cast<int>(v.element), 2);
+  append(v.head_dim, 10);
+  append(v.head_dim_v, 10);
+  append(v.warpgroups, 3);
+  append(v.block_keys, 9);
+  append(v.stages, 3);
+  append(v.q_stages, 3);
+  append(static_cast<int>(v.scores), 2);
+  append(v.gather, 1);
+  append(v.splits, 1);
+  return key;
+}
+
+KernelSource source_of(const ForwardVariant& v) {
+  const auto flag = [](bool value) { return value ? "true" : "false"; };
+  KernelSource source;
+  source.name =
+      join("forward_", name_of(v.element), "_d", v.head_dim, "_v", v.head_dim_v, "_rows", v.tile_rows(), "_keys",
+           v.block_keys, v.scores == Scores::products ? "" : join("_", name_of(v.scores)), v.gather ? "_gather" : "",
+           v.splits ? "_splits" : "");
+  source.text =
+      join("#include \"forward.h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
+           source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
+           "  constexpr mate::cuda::ForwardVariant variant{\n",
+           "      .element = mate::ElementType::", name_of(v.element), ",\n", "      .head_dim = ", v.head_dim, ",\n",
+           "      .head_dim_v = ", v.head_dim_v, ",\n", "      .warpgroups = ", v.warpgroups, ",\n",
+           "      .block_keys = ", v.block_keys, ",\n", "      .stages = ", v.stages, ",\n",
+           "      .q_stages = ", v.q_stages, ",\n", "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n",
+           "      .gather = ", flag(v.gather), ",\n", "      .splits = ", flag(v.splits), "};\n", "  mate::cuda::forward<variant>(arguments);\n}\n");
+  source.shared_bytes = v.shared_bytes();
+  return source;
+}
+
+KernelSource scheduler_metadata_source(int block_keys) {
+  KernelSource source;
+  source.name = join("scheduler_metadata_keys", block_keys);
+  source.text = join("#include \"scheduler_metadata.h\"\n\nextern \"C\" __global__ void ", source.name,
+                     "(const __grid_constant__ mate::cuda::ForwardArguments arguments, int* out, long long stride) {\n",
+                     "  constexpr mate::cuda::ForwardVariant variant{.block_keys = ", block_keys, ", .splits = true};\n",
+                     "  mate::cuda::scheduler_metadata<variant>(arguments, out, stride);\n}\n");
+  return source;
+}
+
+std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType type, bool softcap) {
+  require_head_sizes(head_dim, head_dim_v);
+  std::vector<KernelSource> sources;
+  std::set<std::string> names;
+  for (int choices = 0; choices < 32; ++choices) {
+    VariantChoice choice{head_dim, head_dim_v, type, softcap ? Scores::capped : Scores::products};
+    bool* const flags[] = {&choice.gather, &choice.splits, &choice.few_rows, &choice.narrow, &choice.alike};
+    for (int i = 0; i < 5; ++i) *flags[i] = (choices >> i & 1) != 0;
+    const KernelSource source = source_of(choose_variant(choice));
+    if (names.insert(source.name).second) sources.push_back(source);
+  }
+  sources.push_back(scheduler_metadata_source(
+      choose_variant({.head_dim = head_dim, .head_dim_v = head_dim_v, .type = type, .splits = true}).block_keys));
+  return sources;
+}
+
+}  // namespace mate::cuda

@@ -1,0 +1,38 @@
+// The forward kernels that there are, and which of them a call takes.
+#pragma once
+
+#include <cstdint>
+
+#include "compiler.h"
+#include "kernels/forward_variant.h"
+
+namespace mate::cuda {
+
+/// What a variant follows from.
+struct VariantChoice {
+  int head_dim = 0;
+  int head_dim_v = 0;
+  ElementType type = ElementType::bfloat16;
+  Scores scores = Scores::products;
+  bool gather = false;
+  bool splits = false;
+  bool few_rows = false;  ///< no sequence has more packed rows than a consumer
+  bool narrow = false;    ///< a block of keys is as wide as a tile is high: one lies on the diagonal, and few keys fill it
+  bool alike = false;     ///< blocks are of one width whatever else is chosen, so that bits do not depend on it
+};
+
+/// The largest tiles that registers and shared memory hold.
+ForwardVariant choose_variant(const VariantChoice& choice);
+
+/// What tells variants apart, in a number.
+std::uint64_t key_of(const ForwardVariant& variant);
+
+KernelSource source_of(const ForwardVariant& variant);
+
+/// Of the kernel that counts the grains of sequences, for blocks of so many keys.
+KernelSource scheduler_metadata_source(int block_keys);
+
+/// Throws Error (not_implemented) for head sizes that no kernel serves.
+void require_head_sizes(int head_dim, int head_dim_v);
+
+}  // namespace mate::cuda
