@@ -58,24 +58,39 @@ constexpr BlockRange blocks_of_grains(const Cut& cut, BlockRange blocks, int dis
           end < blocks.end ? static_cast<int>(end) : blocks.end};
 }
 
-/// The grains of one worker.
+/// Grains of one worker, or of one tile.
 struct Share {
-  long long begin = 0;
-  long long end = 0;
+  int begin = 0;
+  int end = 0;
 };
 
-/// No worker's share is empty: of fewer grains than workers the last workers take none.
-constexpr Share share_of(long long grains, int workers, int worker) {
-  const long long taking = grains < workers ? grains : workers;
-  if (worker >= taking) return {};
-  return {grains * worker / taking, grains * (worker + 1) / taking};
-}
+/// How `grains` grains are shared out among `workers` workers: the first ones take one more where they do not come out
+/// even. 32 bits, since this is much of what a short call takes on a GPU.
+struct Shares {
+  int grains = 0;
+  int each = 0;      ///< grains of a worker,
+  int with_one_more = 0;  ///< but for these first ones, which have one more
 
-/// The worker that takes a grain.
-constexpr int worker_of(long long grains, int workers, long long grain) {
-  const long long taking = grains < workers ? grains : workers;
-  return static_cast<int>(divide_up((grain + 1) * taking, grains)) - 1;
-}
+  constexpr Shares() = default;
+  constexpr Shares(int grains, int workers)
+      : grains(grains),
+        each(static_cast<int>(static_cast<unsigned>(grains) / static_cast<unsigned>(workers))),
+        with_one_more(grains - each * workers) {}
+
+  constexpr Share of(int worker) const {
+    const int begin = worker * each + (worker < with_one_more ? worker : with_one_more);
+    return {begin, begin + each + (worker < with_one_more ? 1 : 0)};
+  }
+
+  /// The worker that takes a grain.
+  constexpr int worker_of(int grain) const {
+    const int larger = with_one_more * (each + 1);
+    const bool among_larger = grain < larger;
+    const auto rest = static_cast<unsigned>(among_larger ? grain : grain - larger);
+    const auto size = static_cast<unsigned>(among_larger ? each + 1 : each);
+    return (among_larger ? 0 : with_one_more) + static_cast<int>(rest / size);
+  }
+};
 
 /// A part of a tile's keys, and where the results of it and of the other parts lie until they are merged. A part that is
 /// the whole has its results written at once.
@@ -97,22 +112,22 @@ constexpr long long slots_of(const Cut& cut, int workers, long long grains) {
 }
 constexpr int counters_of(int workers) { return 2 * workers; }
 
-/// The part of a tile of grains [tile.begin, tile.end) that begins with grain `at`. Each worker shares at most the first
-/// and the last of its tiles with others.
-constexpr TilePart part_of(const Cut& cut, long long grains, int workers, Share tile, long long at) {
+/// The part of a tile that begins with grain `at`. Each worker shares at most the first and the last of its tiles with
+/// others.
+constexpr TilePart part_of(const Cut& cut, const Shares& shares, Share tile, int at) {
   TilePart part;
-  const int first = worker_of(grains, workers, tile.begin);
-  const int last = worker_of(grains, workers, tile.end - 1);
+  const int first = shares.worker_of(tile.begin);
+  const int last = shares.worker_of(tile.end - 1);
   // Two, since a worker may have begun its last tile with others while its own earlier ones are not done.
   part.counter = 2 * first + (first == last);
   if (cut.takes_single_grains()) {
-    part.index = static_cast<int>(at - tile.begin);
-    part.count = static_cast<int>(tile.end - tile.begin);
-    part.first_slot = static_cast<int>(tile.begin);
-    part.next_slot = part.first_slot + 1;
+    part.index = at - tile.begin;
+    part.count = tile.end - tile.begin;
+    part.first_slot = tile.begin;
+    part.next_slot = tile.begin + 1;
     return part;
   }
-  part.index = worker_of(grains, workers, at) - first;
+  part.index = shares.worker_of(at) - first;
   part.count = last - first + 1;
   part.first_slot = 2 * first + 1;
   part.next_slot = 2 * (first + 1);

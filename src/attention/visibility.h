@@ -80,12 +80,18 @@ constexpr KeyRange visible_keys(const Mask& mask, const Lengths& lengths, int ro
   return {first_visible(mask, lengths, row), end_visible(mask, lengths, row)};
 }
 
+/// The keys that some row of a range sees, from what its first and its last row see.
+constexpr KeyRange keys_of_some_row(KeyRange first, KeyRange last) { return {first.begin, last.end}; }
+
+/// The keys that every row of a range sees: inside it nothing needs masking.
+constexpr KeyRange keys_of_every_row(KeyRange first, KeyRange last) { return {last.begin, first.end}; }
+
 /// The keys that some row of first_row .. last_row sees.
 constexpr KeyRange keys_of_some_row(const Mask& mask, const Lengths& lengths, int first_row, int last_row) {
   return {first_visible(mask, lengths, first_row), end_visible(mask, lengths, last_row)};
 }
 
-/// The keys that every row of first_row .. last_row sees: inside it nothing needs masking.
+/// The keys that every row of first_row .. last_row sees.
 constexpr KeyRange keys_of_every_row(const Mask& mask, const Lengths& lengths, int first_row, int last_row) {
   return {first_visible(mask, lengths, last_row), end_visible(mask, lengths, first_row)};
 }

@@ -13,20 +13,19 @@ namespace mate {
 namespace {
 
 TEST(Shares, EveryGrainHasOneWorkerAndSharesDifferByOne) {
-  for (const long long grains : {1LL, 2LL, 7LL, 64LL, 131LL, 132LL, 133LL, 1000LL, 5'000'000'000LL}) {
+  for (const int grains : {1, 2, 7, 64, 131, 132, 133, 1000, 2'000'000'000}) {
     for (const int workers : {1, 2, 7, 132, 148}) {
-      long long end = 0;
+      const Shares shares(grains, workers);
+      int end = 0;
       for (int worker = 0; worker < workers; ++worker) {
-        const Share share = share_of(grains, workers, worker);
-        if (share.begin == share.end) {
-          EXPECT_GE(worker, grains);
-          continue;
-        }
+        const Share share = shares.of(worker);
         EXPECT_EQ(share.begin, end);
-        EXPECT_LE(share.end - share.begin, grains / std::min<long long>(workers, grains) + 1);
-        EXPECT_EQ(worker_of(grains, workers, share.begin), worker);
-        EXPECT_EQ(worker_of(grains, workers, share.end - 1), worker);
+        EXPECT_GE(share.end - share.begin, grains / workers);
+        EXPECT_LE(share.end - share.begin, grains / workers + 1);
         end = share.end;
+        if (share.begin == share.end) continue;
+        EXPECT_EQ(shares.worker_of(share.begin), worker);
+        EXPECT_EQ(shares.worker_of(share.end - 1), worker);
       }
       EXPECT_EQ(end, grains);
     }
@@ -50,9 +49,10 @@ TEST(Shares, PartsOfATileMakeItWhole) {
     const int workers = 1 + static_cast<int>(numbers() % 30);
     const int distance = 1 << numbers() % 5;
     const Cut cut{static_cast<Cut::Kind>(numbers() % 3), 1 + static_cast<int>(numbers() % 9)};
-    std::vector<long long> begins{0};
+    std::vector<int> begins{0};
     for (const BlockRange tile : tiles) begins.push_back(begins.back() + grains_of(cut, tile, distance));
-    const long long grains = begins.back();
+    const int grains = begins.back();
+    const Shares shares(grains, workers);
 
     std::set<int> slots;
     std::map<int, std::vector<int>> tiles_of_counter;
@@ -60,17 +60,16 @@ TEST(Shares, PartsOfATileMakeItWhole) {
       const Share tile{begins[i], begins[i + 1]};
       std::vector<TilePart> parts;
       int next_block = tiles[i].begin;
-      for (long long at = tile.begin; at < tile.end;) {
-        const Share share = share_of(grains, workers, worker_of(grains, workers, at));
-        const long long count = cut.takes_single_grains() ? 1 : std::min(tile.end, share.end) - at;
-        const BlockRange blocks = blocks_of_grains(cut, tiles[i], distance, static_cast<int>(at - tile.begin),
-                                                   static_cast<int>(count));
+      for (int at = tile.begin; at < tile.end;) {
+        const Share share = shares.of(shares.worker_of(at));
+        const int count = cut.takes_single_grains() ? 1 : std::min(tile.end, share.end) - at;
+        const BlockRange blocks = blocks_of_grains(cut, tiles[i], distance, at - tile.begin, count);
         if (tiles[i].size() > 0) {
           EXPECT_EQ(blocks.begin, next_block);
           EXPECT_GT(blocks.size(), 0);
           next_block = blocks.end;
         }
-        parts.push_back(part_of(cut, grains, workers, tile, at));
+        parts.push_back(part_of(cut, shares, tile, at));
         at += count;
       }
       EXPECT_EQ(next_block, tiles[i].size() > 0 ? tiles[i].end : tiles[i].begin);
@@ -87,8 +86,7 @@ TEST(Shares, PartsOfATileMakeItWhole) {
       }
       // Tiles share a counter only where one worker has all of them, one after another.
       if (parts[0].count > 1) {
-        const int first = worker_of(grains, workers, tile.begin);
-        const bool alone = first == worker_of(grains, workers, tile.end - 1);
+        const bool alone = shares.worker_of(tile.begin) == shares.worker_of(tile.end - 1);
         tiles_of_counter[parts[0].counter].push_back(alone ? 0 : 1);
       }
     }

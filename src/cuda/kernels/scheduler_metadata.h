@@ -9,8 +9,9 @@ namespace mate::cuda {
 template <ForwardVariant variant>
 __device__ void scheduler_metadata(const ForwardArguments& a, int* out, long long stride) {
   const int b = blockIdx.x * blockDim.x + threadIdx.x;
-  const long long grains = GrainCounter<variant>(a).grains_of_sequence(b);
-  if (b < a.problem.batch) out[b * stride] = clamp(grains, 0, max_length);
+  const GrainCounter<variant> counter(a);
+  const int grains = counter.count(b).grains * counter.units();
+  if (b < a.problem.batch) out[b * stride] = grains;
 }
 
 }  // namespace mate::cuda

@@ -17,10 +17,7 @@ class GrainCounter : public TileFinder<variant> {
 
   __device__ static int lane() { return threadIdx.x % 32; }
 
-  __device__ static long long warp_sum(long long x) {
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0U, x, distance);
-    return x;
-  }
+  __device__ static int warp_sum(int x) { return __reduce_add_sync(~0U, x); }
 
   __device__ int distance_of(const Lengths& lengths) const {
     return a_.cut.kind == Cut::Kind::aligned ? aligned_distance(lengths, problem().group(), variant.block_keys) : 1;
@@ -31,30 +28,43 @@ class GrainCounter : public TileFinder<variant> {
     return grains_of(a_.cut, blocks, distance_of(lengths));
   }
 
-  /// Of all tiles of one unit, counted by all lanes together.
-  __device__ long long grains_of_unit(const Lengths& lengths, int tiles) const {
-    long long grains = 0;
-    for (int tile = lane(); tile < tiles; tile += 32) grains += grains_of_tile(lengths, tile);
-    return warp_sum(grains);
-  }
+  /// What there is to do for a sequence.
+  struct Count {
+    int tiles = 0;   ///< of one unit
+    int grains = 0;  ///< of them all
+    Lengths lengths;
+  };
 
   /// Of sequence b, another one for each lane.
-  __device__ long long grains_of_sequence(int b) const {
-    const int tiles = b < problem().batch ? this->tiles_of_sequence(b) : 0;
-    Lengths lengths;
-    if (tiles > 0) lengths = problem().sequence(b).lengths;
-    long long grains = 0;
-    if (tiles <= few_tiles) {
-      for (int tile = 0; tile < tiles; ++tile) grains += grains_of_tile(lengths, tile);
+  __device__ Count count(int b) const {
+    Count count;
+    if (b < problem().batch) {
+      count.tiles = this->tiles_of_sequence(b);
+      count.lengths = problem().sequence(b).lengths;
+      if (count.tiles <= few_tiles) {
+#pragma unroll 1
+        for (int tile = 0; tile < count.tiles; ++tile) count.grains += grains_of_tile(count.lengths, tile);
+      }
     }
-    for (unsigned long_ones = __ballot_sync(~0U, tiles > few_tiles); long_ones != 0; long_ones &= long_ones - 1) {
+#pragma unroll 1
+    for (unsigned long_ones = __ballot_sync(~0U, count.tiles > few_tiles); long_ones != 0; long_ones &= long_ones - 1) {
       const int source = __ffs(long_ones) - 1;
-      const Lengths theirs{__shfl_sync(~0U, lengths.sq, source), __shfl_sync(~0U, lengths.sk, source),
-                           __shfl_sync(~0U, lengths.total, source)};
-      const long long sum = grains_of_unit(theirs, __shfl_sync(~0U, tiles, source));
-      if (lane() == source) grains = sum;
+      const Count theirs = from(count, source);
+      int grains = 0;
+#pragma unroll 1
+      for (int tile = lane(); tile < theirs.tiles; tile += 32) grains += grains_of_tile(theirs.lengths, tile);
+      grains = warp_sum(grains);
+      if (lane() == source) count.grains = grains;
     }
-    return grains * units();
+    return count;
+  }
+
+ protected:
+  __device__ static Count from(const Count& count, int source) {
+    return {__shfl_sync(~0U, count.tiles, source),
+            __shfl_sync(~0U, count.grains, source),
+            {__shfl_sync(~0U, count.lengths.sq, source), __shfl_sync(~0U, count.lengths.sk, source),
+             __shfl_sync(~0U, count.lengths.total, source)}};
   }
 
  private:
@@ -67,112 +77,107 @@ template <ForwardVariant variant>
 class SplitScheduler : GrainCounter<variant> {
  public:
   __device__ explicit SplitScheduler(const ForwardArguments& arguments) : GrainCounter<variant>(arguments) {
-    for (int first = 0; first < problem().batch; first += 32) {
-      total_ += this->warp_sum(this->grains_of_sequence(first + lane()));
+    // The last sequences are counted first, so that those it begins with need not be counted twice.
+    int grains = 0;
+#pragma unroll 1
+    for (int first = (problem().batch - 1) / 32 * 32; first >= 0; first -= 32) {
+      count_ = this->count(first + lane());
+      grains += this->warp_sum(count_.grains * units());
     }
-    share_ = share_of(total_, gridDim.x, blockIdx.x);
-    enter_sequences(0, 0);
+    shares_ = Shares(grains, gridDim.x);
+    share_ = shares_.of(blockIdx.x);
+    end_of_sequence_ = warp_prefix_sum(count_.grains * units());
   }
 
   /// Writes the next piece to `work`. Returns whether there was one.
   __device__ bool next(TileWork& work) {
-    const bool found = find(work);
-    if (!found && lane() == 0) work.sequence = -1;
-    return found;
+    const bool any = share_.begin < share_.end;
+    if (any) {
+      find(work);
+    } else if (lane() == 0) {
+      work.sequence = -1;
+    }
+    return any;
   }
 
  private:
+  using Count = typename GrainCounter<variant>::Count;
   using GrainCounter<variant>::a_;
   using GrainCounter<variant>::lane;
   using GrainCounter<variant>::problem;
   using GrainCounter<variant>::units;
 
   /// The sum over this lane and those before it.
-  __device__ static long long warp_prefix_sum(long long x) {
+  __device__ static int warp_prefix_sum(int x) {
+#pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const long long other = __shfl_up_sync(~0U, x, distance);
+      const int other = __shfl_up_sync(~0U, x, distance);
       if (lane() >= distance) x += other;
     }
     return x;
   }
 
-  /// Looks at 32 sequences, the first of which begins with grain `begin`.
-  __device__ void enter_sequences(int first, long long begin) {
-    first_sequence_ = first;
-    begin_ = begin;
-    end_of_sequence_ = begin + warp_prefix_sum(this->grains_of_sequence(first + lane()));
-  }
-
-  __device__ bool find(TileWork& work) {
-    if (share_.begin == share_.end) return false;
+  __device__ void find(TileWork& work) {
     unsigned beyond = 0;
+#pragma unroll 1
     while ((beyond = __ballot_sync(~0U, end_of_sequence_ > share_.begin)) == 0) {
-      enter_sequences(first_sequence_ + 32, __shfl_sync(~0U, end_of_sequence_, 31));
+      const int end = __shfl_sync(~0U, end_of_sequence_, 31);
+      first_sequence_ += 32;
+      count_ = this->count(first_sequence_ + lane());
+      end_of_sequence_ = end + warp_prefix_sum(count_.grains * units());
     }
     const int found = __ffs(beyond) - 1;
-    const long long begin = __shfl_sync(~0U, end_of_sequence_, found == 0 ? 0 : found - 1);
-    take(first_sequence_ + found, found == 0 ? begin_ : begin, work);
-    return true;
-  }
-
-  /// Takes what comes next in sequence b, which begins with grain `begin`.
-  __device__ void take(int b, long long begin, TileWork& work) {
-    const Lengths lengths = problem().sequence(b).lengths;
-    const int tiles = this->tiles_of_sequence(b);
-    const long long of_unit = this->grains_of_unit(lengths, tiles);
-    const long long offset = share_.begin - begin;
-    const long long unit = divide(offset, of_unit);
-    Share tile{begin + unit * of_unit, 0};
-    const int index = find_tile(lengths, tiles, offset - unit * of_unit, tile);
-
-    long long count = 1;
-    if (!a_.cut.takes_single_grains()) count = (tile.end < share_.end ? tile.end : share_.end) - share_.begin;
+    const Count count = this->from(count_, found);
+    const int begin = __shfl_sync(~0U, end_of_sequence_, found) - count.grains * units();
+    const int unit = static_cast<int>(static_cast<unsigned>(share_.begin - begin) / static_cast<unsigned>(count.grains));
+    Share tile{begin + unit * count.grains, begin + (unit + 1) * count.grains};
+    const int index = count.tiles == 1 ? 0 : find_tile(count, tile);
+    const int room = tile.end - share_.begin;
+    const int left = share_.end - share_.begin;
+    const int taken = a_.cut.takes_single_grains() ? 1 : room < left ? room : left;
     if (lane() == 0) {
-      work.sequence = b;
-      work.unit = static_cast<int>(unit);
+      work.sequence = first_sequence_ + found;
+      work.unit = unit;
       work.tile = index;
       this->locate(work);
-      this->find_keys(work);
-      work.part = part_of(a_.cut, total_, gridDim.x, tile, share_.begin);
-      const BlockRange blocks = blocks_of_grains(a_.cut, work.blocks, this->distance_of(lengths),
-                                                 static_cast<int>(share_.begin - tile.begin), static_cast<int>(count));
+    }
+    this->find_keys(work);
+    if (lane() == 0) {
+      if (room != taken || tile.begin != share_.begin) work.part = part_of(a_.cut, shares_, tile, share_.begin);
+      const BlockRange blocks = blocks_of_grains(a_.cut, work.blocks, this->distance_of(count.lengths),
+                                                 share_.begin - tile.begin, taken);
       work.blocks = blocks;
       if (work.whole.begin < blocks.begin) work.whole.begin = blocks.begin;
       if (work.whole.end > blocks.end) work.whole.end = blocks.end;
     }
-    share_.begin += count;
+    share_.begin += taken;
   }
 
-  /// The tile in which grain `offset` of a unit lies; the last, which has the most keys, comes first. `tile.begin` is
-  /// where the unit begins; it becomes the tile's grains.
-  __device__ int find_tile(const Lengths& lengths, int tiles, long long offset, Share& tile) const {
-    long long before = 0;
+  /// The tile of the unit with the grains `unit` in which the next grain lies; the last tile, which has the most keys,
+  /// comes first. `unit` becomes the tile's grains.
+  __device__ int find_tile(const Count& count, Share& unit) const {
+    int begin = unit.begin;
+#pragma unroll 1
     for (int first = 0;; first += 32) {
-      const int mine = first + lane();
-      const int grains = mine < tiles ? this->grains_of_tile(lengths, tiles - 1 - mine) : 0;
-      const long long end = before + warp_prefix_sum(grains);
-      const unsigned beyond = __ballot_sync(~0U, end > offset);
+      const int tile = count.tiles - 1 - (first + lane());
+      const int grains = tile >= 0 ? this->grains_of_tile(count.lengths, tile) : 0;
+      const int end = begin + warp_prefix_sum(grains);
+      const unsigned beyond = __ballot_sync(~0U, end > share_.begin);
       if (beyond != 0) {
         const int found = __ffs(beyond) - 1;
-        tile.end = tile.begin + __shfl_sync(~0U, end, found);
-        tile.begin = tile.end - __shfl_sync(~0U, grains, found);
-        return tiles - 1 - (first + found);
+        unit.end = __shfl_sync(~0U, end, found);
+        unit.begin = unit.end - __shfl_sync(~0U, grains, found);
+        return count.tiles - 1 - (first + found);
       }
-      before = __shfl_sync(~0U, end, 31);
+      begin = __shfl_sync(~0U, end, 31);
     }
   }
 
-  /// GPUs divide 64 bits by long programs.
-  __device__ static long long divide(long long a, long long b) {
-    if ((a | b) >> 31 == 0) return static_cast<unsigned>(a) / static_cast<unsigned>(b);
-    return a / b;
-  }
-
-  long long total_ = 0;
-  Share share_;  ///< what is left of it
+  Shares shares_;
+  Share share_;  ///< what is left of this block's
   int first_sequence_ = 0;
-  long long begin_ = 0;            ///< grain with which first_sequence_ begins
-  long long end_of_sequence_ = 0;  ///< grain with which this lane's sequence ends
+  Count count_;              ///< of this lane's sequence, among the 32 from first_sequence_ on
+  int end_of_sequence_ = 0;  ///< grain with which it ends
 };
 
 }  // namespace mate::cuda

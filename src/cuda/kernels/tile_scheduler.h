@@ -20,13 +20,17 @@ class TileScheduler : TileFinder<variant> {
     if (threadIdx.x % 32 == 0) {
       work.sequence = sequence;
       if (sequence >= 0) {
-        describe(work);
+        this->locate(work);
+        ptx::forget_shared_memory();
+        choose_tile(work);
       } else if (!first && index_ - static_cast<int>(gridDim.x) == tiles_before_ - 1) {
         // As many are taken as there are tiles, since each is followed by a question for another: this was the last.
         *a_.counters = 0;
       }
     }
-    return sequence >= 0;
+    if (sequence < 0) return false;
+    this->find_keys(work);
+    return true;
   }
 
  private:
@@ -72,13 +76,6 @@ class TileScheduler : TileFinder<variant> {
     int taken = 0;
     if (threadIdx.x % 32 == 0) taken = static_cast<int>(gridDim.x) + atomicAdd(a_.counters, 1);
     return __shfl_sync(~0U, taken, 0);
-  }
-
-  __device__ void describe(TileWork& work) const {
-    this->locate(work);
-    choose_tile(work);
-    ptx::forget_shared_memory();
-    this->find_keys(work);
   }
 
   /// Key heads come in sections whose keys fit the L2 cache together, and in each section the tiles with the most keys

@@ -50,35 +50,37 @@ class TileFinder {
                                                      query_of_row(rows.last)));
   }
 
-  /// Where the rows of a sequence are.
+  /// Where the rows of a sequence are. One lane does that.
   __device__ void locate(TileWork& work) const {
     work.place = problem().sequence(work.sequence);
     work.capacity = query_capacity(problem().queries, work.sequence);
     work.used = used_rows(work.place.lengths);
     work.part = {};
-    ptx::forget_shared_memory();
   }
 
-  /// The keys of a tile that is located.
+  /// The keys of a tile that is located: found by all lanes of a warp together, one row's for each.
   __device__ void find_keys(TileWork& work) const {
-    const Mask& mask = problem().mask;
-    const Lengths& lengths = work.place.lengths;
-    const TileRows rows = rows_of_tile(tiling(), work.used, work.tile);
-    work.first_query = query_of_row(rows.first);
-    work.first_head = static_cast<int>(rows.first - static_cast<long long>(work.first_query) * a_.pack);
+    __syncwarp();
+    const int used = work.used;
+    const TileRows rows = rows_of_tile(tiling(), used, work.tile);
+    const int first_query = query_of_row(rows.first);
     const int last_query = query_of_row(rows.last);
-    work.seen = {};
-    work.seen_by_all = {};
-    work.whole = {};
-    work.blocks = blocks_of_tile(lengths, work.used, work.tile);
-    ptx::forget_shared_memory();
-    if (rows.count() <= 0) return;
-    work.seen = keys_of_some_row(mask, lengths, 0, work.used - 1);
-    ptx::forget_shared_memory();
-    work.seen_by_all = keys_of_every_row(mask, lengths, work.first_query, last_query);
-    ptx::forget_shared_memory();
-    work.whole = {static_cast<int>(divide_up(work.seen_by_all.begin, variant.block_keys)),
-                  work.seen_by_all.end / variant.block_keys};
+    const int lane = threadIdx.x % 32;
+    const int row = lane == 0 ? first_query : lane == 1 ? last_query : lane == 2 ? 0 : used - 1;
+    const KeyRange seen = visible_keys(problem().mask, work.place.lengths, row);
+    const KeyRange first{__shfl_sync(~0U, seen.begin, 0), __shfl_sync(~0U, seen.end, 0)};
+    const KeyRange last{__shfl_sync(~0U, seen.begin, 1), __shfl_sync(~0U, seen.end, 1)};
+    const KeyRange of_sequence{__shfl_sync(~0U, seen.begin, 2), __shfl_sync(~0U, seen.end, 3)};
+    if (lane > 0) return;
+    const bool any = rows.count() > 0;
+    const KeyRange seen_by_all = any ? keys_of_every_row(first, last) : KeyRange{};
+    work.first_query = first_query;
+    work.first_head = static_cast<int>(rows.first) - first_query * a_.pack;
+    work.seen = any ? of_sequence : KeyRange{};
+    work.seen_by_all = seen_by_all;
+    work.blocks = blocks_of_keys(tiling(), any ? keys_of_some_row(first, last) : KeyRange{});
+    work.whole = {(seen_by_all.begin + variant.block_keys - 1) / variant.block_keys,
+                  seen_by_all.end / variant.block_keys};
   }
 
  protected:
