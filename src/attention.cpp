@@ -50,6 +50,10 @@ void attention(const AttentionArguments& arguments) { attention(arguments, Argum
 
 void combine(const CombineArguments& arguments) {
   const CombineProblem problem = make_problem(arguments);
+  if (is_cuda(arguments.out_partial)) {
+    cuda::combine(problem, arguments.out_partial.device().device_id, arguments.stream);
+    return;
+  }
   require_host(arguments.out_partial);
   cpu::combine(problem);
 }

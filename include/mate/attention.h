@@ -95,6 +95,7 @@ struct CombineArguments {
   Tensor lse_partial = {};  ///< float32 (splits, b, s, h), any strides
   Tensor out = {};          ///< (b, s, h, dv), float32, float16 or bfloat16; overlaps no input
   Tensor lse = {};          ///< float32 (b, s, h), any strides, where given
+  void* stream = nullptr;   ///< of tensors on a GPU: the CUstream that the call joins
 };
 
 /// Merges partial results by their lse: lse = log(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) * out_i. A partial
@@ -133,7 +134,7 @@ struct SchedulerMetadataArguments {
   std::int64_t cp_rank = 0;
   Tensor cp_tot_seqused_k = {};
   bool batch_invariant = false;
-  Tensor out = {};  ///< int32 (scheduler_metadata_size(batch_size),): required
+  Tensor out = {};         ///< int32 (scheduler_metadata_size(batch_size),): required
   void* stream = nullptr;  ///< of tensors on a GPU: the CUstream that the call joins
 };
 

@@ -1,5 +1,5 @@
-// How the work of a call is shared out evenly: the keys of tiles are cut into grains, all grains of the call are counted
-// in one row, and each worker takes as many of them, one after another, as any other.
+// How the work of a call is shared out evenly: the keys of tiles are cut into grains, all grains of the call are
+// counted in one row, and each worker takes as many of them, one after another, as any other.
 //
 // Shared with device code: includes nothing but its siblings.
 #pragma once
@@ -34,7 +34,8 @@ constexpr int aligned_distance(const Lengths& lengths, int group, int block_keys
   constexpr int longest = 16;
   const long long blocks = divide_up(lengths.sk, block_keys);
   int distance = 1;
-  while ((distance < longest && distance * usual_parts < blocks) || distance * most_aligned_parts < blocks) distance *= 2;
+  while ((distance < longest && distance * usual_parts < blocks) || distance * most_aligned_parts < blocks)
+    distance *= 2;
   return distance;
 }
 
@@ -68,7 +69,7 @@ struct Share {
 /// even. 32 bits, since this is much of what a short call takes on a GPU.
 struct Shares {
   int grains = 0;
-  int each = 0;      ///< grains of a worker,
+  int each = 0;           ///< grains of a worker,
   int with_one_more = 0;  ///< but for these first ones, which have one more
 
   constexpr Shares() = default;
@@ -92,8 +93,8 @@ struct Shares {
   }
 };
 
-/// A part of a tile's keys, and where the results of it and of the other parts lie until they are merged. A part that is
-/// the whole has its results written at once.
+/// A part of a tile's keys, and where the results of it and of the other parts lie until they are merged. A part that
+/// is the whole has its results written at once.
 struct TilePart {
   int index = 0;
   int count = 1;

@@ -21,6 +21,9 @@ void verify_contents(const Problem& problem, const ArgumentNames& names, int dev
 /// `allocate`, where there is one, gives memory that later work on the same stream may use again once it is let go.
 void forward(const Problem& problem, int device, void* stream, const Allocate& allocate);
 
+/// Writes out and lse of partial results on a stream.
+void combine(const CombineProblem& problem, int device, void* stream);
+
 /// Writes how many pieces of work each sequence of a call has. Every call of forward() finds that by itself.
 void scheduler_metadata(const Problem& problem, int device, void* stream, int* out, std::int64_t stride);
 

@@ -76,6 +76,13 @@ const Device& device(int id) {
   return devices()[id];
 }
 
+void require_hopper(const Device& device) {
+  if (device.capability == 90) [[likely]]
+    return;
+  fail(ErrorKind::not_implemented, "on an NVIDIA GPU MATE does not serve compute capability ", device.capability / 10,
+       ".", device.capability % 10, " (", device.name, "), only Hopper's 9.0, yet");
+}
+
 std::string describe() {
   std::string text;
   for (const auto& part : {describe_driver_and_devices, describe_compiler, describe_cache}) {

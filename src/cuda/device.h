@@ -20,6 +20,9 @@ struct Device {
 /// What is known of a device. Throws Error (not_implemented) where there is no driver or no such device.
 const Device& device(int id);
 
+/// Throws Error (not_implemented) for a GPU of another kind than the kernels are made for.
+void require_hopper(const Device& device);
+
 /// The driver, the devices, the compiler and the cache folder in a line of text; of what is missing, why.
 std::string describe();
 

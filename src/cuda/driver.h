@@ -161,8 +161,8 @@ struct Driver {
       cuTensorMapEncodeTiled{library, "cuTensorMapEncodeTiled"};
 
   DriverFunction<CUresult(CUdeviceptr* address, std::size_t bytes)> cuMemAlloc{library, "cuMemAlloc_v2"};
-  DriverFunction<CUresult(CUdeviceptr* address, std::size_t bytes, CUstream stream)> cuMemAllocAsync{
-      library, "cuMemAllocAsync"};
+  DriverFunction<CUresult(CUdeviceptr* address, std::size_t bytes, CUstream stream)> cuMemAllocAsync{library,
+                                                                                                     "cuMemAllocAsync"};
   DriverFunction<CUresult(CUdeviceptr address, CUstream stream)> cuMemFreeAsync{library, "cuMemFreeAsync"};
   DriverFunction<CUresult(CUdeviceptr address, unsigned value, std::size_t count, CUstream stream)> cuMemsetD32Async{
       library, "cuMemsetD32Async"};

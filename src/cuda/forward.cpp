@@ -6,6 +6,7 @@
 #include <numeric>
 #include <span>
 
+#include "append.h"
 #include "attention/check.h"
 #include "backend.h"
 #include "counters.h"
@@ -184,7 +185,8 @@ void take_parts(const Problem& p, const ForwardVariant& variant, std::int64_t ti
   const std::int64_t slots = slots_of(arguments.cut, workers, grains);
   require(slots < max_length, "the call would have ", slots, " parts, which must be fewer than 2**31");
   PartialResults& parts = arguments.parts;
-  parts.rows = static_cast<int>(std::min<std::int64_t>(arguments.tile_rows, std::int64_t{most_rows(p)} * arguments.pack));
+  parts.rows =
+      static_cast<int>(std::min<std::int64_t>(arguments.tile_rows, std::int64_t{most_rows(p)} * arguments.pack));
   const std::int64_t rows = slots * parts.rows;
   parts.sums = scratch.take<float>(rows * (variant.head_dim_v + 2));
   parts.weights = parts.sums + rows * variant.head_dim_v;
@@ -208,26 +210,24 @@ KernelFamily& scheduler_metadata_kernels() {
 }  // namespace
 
 void require_served(const Problem& p, int device_id) {
-  const Device& gpu = device(device_id);
-  if (gpu.capability != 90) {
-    refuse("compute capability ", gpu.capability / 10, ".", gpu.capability % 10, " (", gpu.name,
-           "), only Hopper's 9.0,");
-  }
+  require_hopper(device(device_id));
   for (const ElementType type : {p.q.type, p.k.type}) {
     if (type == ElementType::float32) fail(ErrorKind::not_implemented, "float32 is served on the CPU only");
     if (type == ElementType::float8_e4m3) refuse("float8_e4m3fn");
   }
   if (p.qv.given()) refuse("qv");
   require_head_sizes(p.head_dim, p.head_dim_v);
-  if (p.keys.appends) refuse("appending to a cache");
 }
 
-void forward(const Problem& p, int device_id, void* stream, const Allocate& allocate) {
-  if (p.batch == 0 && !p.ragged_queries()) return;
-  if (p.queries.rows == 0 || p.heads_q == 0) return;
+void forward(const Problem& problem, int device_id, void* stream, const Allocate& allocate) {
+  if (problem.batch == 0 && !problem.ragged_queries()) return;
   const Device& gpu = device(device_id);
   const CurrentContext context(gpu);
   const auto queue = static_cast<CUstream>(stream);
+  Scratch scratch(allocate, device_id, queue);
+  Problem p = problem;
+  if (p.keys.appends && p.batch > 0) append(p, gpu, queue, scratch);
+  if (p.queries.rows == 0 || p.heads_q == 0) return;
   const int multiprocessors = std::max(1, gpu.multiprocessors - p.sm_margin);
 
   ForwardArguments arguments;
@@ -262,7 +262,6 @@ void forward(const Problem& p, int device_id, void* stream, const Allocate& allo
   require(tiles < max_length - gpu.multiprocessors, "q must have fewer than 2**31 tiles of ", arguments.tile_rows,
           " rows, got ", tiles);
   int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, multiprocessors));
-  Scratch scratch(allocate, device_id, queue);
   if (variant.splits) {
     blocks = std::min(multiprocessors, counters_of_launch / counters_of(variant.warpgroups));
     arguments.cut = choose_cut(p);
@@ -270,9 +269,8 @@ void forward(const Problem& p, int device_id, void* stream, const Allocate& allo
   }
   const Kernel kernel = forward_kernels().load(gpu, key_of(variant), [&] { return source_of(variant); });
   arguments.counters = counters(queue);
-  const Launch shape{.grid = {static_cast<unsigned>(blocks)},
-                     .block = {static_cast<unsigned>(variant.threads())},
-                     .stream = queue};
+  const Launch shape{
+      .grid = {static_cast<unsigned>(blocks)}, .block = {static_cast<unsigned>(variant.threads())}, .stream = queue};
   launch(kernel, shape, arguments);
 }
 
@@ -288,9 +286,8 @@ void scheduler_metadata(const Problem& p, int device_id, void* stream, int* out,
   const ForwardVariant variant = choose_variant(choice);
   arguments.pack = choose_pack(p, variant);
   arguments.tile_rows = variant.tiling(arguments.pack).tile_rows;
-  const Kernel kernel = scheduler_metadata_kernels().load(gpu, variant.block_keys, [&] {
-    return scheduler_metadata_source(variant.block_keys);
-  });
+  const Kernel kernel = scheduler_metadata_kernels().load(
+      gpu, variant.block_keys, [&] { return scheduler_metadata_source(variant.block_keys); });
   constexpr unsigned threads = 32;
   const Launch shape{.grid = {static_cast<unsigned>(divide_up(p.batch, threads))},
                      .block = {threads},

@@ -12,7 +12,8 @@ namespace mate::cuda {
 /// same stream, as PyTorch's does; where there is none, from the stream's own pool.
 class Scratch {
  public:
-  Scratch(const Allocate& allocate, int device, CUstream stream) : allocate_(allocate), device_(device), stream_(stream) {}
+  Scratch(const Allocate& allocate, int device, CUstream stream)
+      : allocate_(allocate), device_(device), stream_(stream) {}
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

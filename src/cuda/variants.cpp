@@ -127,19 +127,18 @@ std::uint64_t key_of(const ForwardVariant& v) {
 KernelSource source_of(const ForwardVariant& v) {
   const auto flag = [](bool value) { return value ? "true" : "false"; };
   KernelSource source;
-  source.name =
-      join("forward_", name_of(v.element), "_d", v.head_dim, "_v", v.head_dim_v, "_rows", v.tile_rows(), "_keys",
-           v.block_keys, v.scores == Scores::products ? "" : join("_", name_of(v.scores)), v.gather ? "_gather" : "",
-           v.splits ? "_splits" : "");
-  source.text =
-      join("#include \"forward.h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
-           source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
-           "  constexpr mate::cuda::ForwardVariant variant{\n",
-           "      .element = mate::ElementType::", name_of(v.element), ",\n", "      .head_dim = ", v.head_dim, ",\n",
-           "      .head_dim_v = ", v.head_dim_v, ",\n", "      .warpgroups = ", v.warpgroups, ",\n",
-           "      .block_keys = ", v.block_keys, ",\n", "      .stages = ", v.stages, ",\n",
-           "      .q_stages = ", v.q_stages, ",\n", "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n",
-           "      .gather = ", flag(v.gather), ",\n", "      .splits = ", flag(v.splits), "};\n", "  mate::cuda::forward<variant>(arguments);\n}\n");
+  source.name = join("forward_", name_of(v.element), "_d", v.head_dim, "_v", v.head_dim_v, "_rows", v.tile_rows(),
+                     "_keys", v.block_keys, v.scores == Scores::products ? "" : join("_", name_of(v.scores)),
+                     v.gather ? "_gather" : "", v.splits ? "_splits" : "");
+  source.text = join(
+      "#include \"forward.h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n", source.name,
+      "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
+      "  constexpr mate::cuda::ForwardVariant variant{\n", "      .element = mate::ElementType::", name_of(v.element),
+      ",\n", "      .head_dim = ", v.head_dim, ",\n", "      .head_dim_v = ", v.head_dim_v, ",\n",
+      "      .warpgroups = ", v.warpgroups, ",\n", "      .block_keys = ", v.block_keys, ",\n",
+      "      .stages = ", v.stages, ",\n", "      .q_stages = ", v.q_stages, ",\n",
+      "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n", "      .gather = ", flag(v.gather), ",\n",
+      "      .splits = ", flag(v.splits), "};\n", "  mate::cuda::forward<variant>(arguments);\n}\n");
   source.shared_bytes = v.shared_bytes();
   return source;
 }
@@ -149,8 +148,26 @@ KernelSource scheduler_metadata_source(int block_keys) {
   source.name = join("scheduler_metadata_keys", block_keys);
   source.text = join("#include \"scheduler_metadata.h\"\n\nextern \"C\" __global__ void ", source.name,
                      "(const __grid_constant__ mate::cuda::ForwardArguments arguments, int* out, long long stride) {\n",
-                     "  constexpr mate::cuda::ForwardVariant variant{.block_keys = ", block_keys, ", .splits = true};\n",
-                     "  mate::cuda::scheduler_metadata<variant>(arguments, out, stride);\n}\n");
+                     "  constexpr mate::cuda::ForwardVariant variant{.block_keys = ", block_keys,
+                     ", .splits = true};\n", "  mate::cuda::scheduler_metadata<variant>(arguments, out, stride);\n}\n");
+  return source;
+}
+
+KernelSource append_source(ElementType type) {
+  KernelSource source;
+  source.name = join("append_", name_of(type));
+  source.text = join("#include \"append.h\"\n\nextern \"C\" __global__ void ", source.name,
+                     "(const __grid_constant__ mate::cuda::AppendArguments arguments) {\n",
+                     "  mate::cuda::append<mate::ElementType::", name_of(type), ">(arguments);\n}\n");
+  return source;
+}
+
+KernelSource combine_source() {
+  KernelSource source;
+  source.name = "combine";
+  source.text =
+      "#include \"combine.h\"\n\nextern \"C\" __global__ void combine(const __grid_constant__ mate::CombineProblem "
+      "problem) {\n  mate::cuda::combine(problem);\n}\n";
   return source;
 }
 
@@ -167,6 +184,8 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType 
   }
   sources.push_back(scheduler_metadata_source(
       choose_variant({.head_dim = head_dim, .head_dim_v = head_dim_v, .type = type, .splits = true}).block_keys));
+  sources.push_back(append_source(type));
+  sources.push_back(combine_source());
   return sources;
 }
 

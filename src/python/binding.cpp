@@ -174,6 +174,7 @@ void combine(ffi::TensorView out_partial, ffi::TensorView lse_partial, OptionalT
         .lse_partial = view(lse_partial),
         .out = view(out),
         .lse = view(lse),
+        .stream = stream_of(out_partial),
     });
   });
 }

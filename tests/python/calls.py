@@ -61,8 +61,6 @@ LARGE_HEAD_SIZES = (136, 160, 192, 200, 255, 256, 257, 320, 384, 500, 511, 512)
 PAGE_SIZES = (1, 2, 3, 7, 16, 16, 64, 64, 100, 128, 256)
 KEY_BLOCK = 64  # keys in what the tests count as one block of keys
 INT32_MAX = 2**31 - 1
-# Choices that the caller of `draw` may fix, and what a backend must serve for them.
-CHOICES = {"paged": "paged keys", "append": "appending"}
 
 
 @dataclass
@@ -220,7 +218,7 @@ class _Drawer:
 
     def choose(self, name: str, probability: float) -> bool:
         """A choice that the caller of `draw` may have fixed."""
-        return self.forced.get(name, self.chance(probability)) and self.is_served(CHOICES.get(name))
+        return self.forced.get(name, self.chance(probability))
 
     def is_served(self, feature: Optional[str]) -> bool:
         return self.kinds is None or feature not in NOT_SERVED
@@ -643,7 +641,7 @@ class _Drawer:
             dtype = dice.choice((torch.bfloat16, torch.float16)) if self.dtype == FP8 else self.dtype
             arguments["out"] = self.allocate((*self.rows, self.heads, self.dv), dtype)
         if self.function in ("flash_attn_varlen_func", "flash_attn_with_kvcache"):
-            self.with_metadata = self.chance(0.3) and self.is_served("scheduler metadata")
+            self.with_metadata = self.chance(0.3)
 
     def draw_scales(self) -> None:
         """The descales: some absent, some with odd strides, NaN where the type ignores them."""

@@ -34,7 +34,6 @@ KINDS = (
     Kind(80, 48, torch.float16),
     Kind(256, 256, torch.float16),
 )
-MOST_KERNELS = 20
 CALLS_OF_KIND = 8
 SEED = int(os.environ.get("MATE_SEED", "1"))
 
@@ -46,7 +45,7 @@ def calls() -> list[Call]:
         seeds = itertools.count(SEED * 1_000_003 + number * 1000)
         drawn = (draw(seed, kinds=[kind]) for seed in seeds)
         with_rows = (call for call in drawn if call.normalised.q.numel() > 0)
-        chosen = [several_tiles(kind, causal) for causal in (False, True)]
+        chosen = [several_tiles(kind, causal=False), several_tiles(kind, causal=True), decoding(kind)]
         chosen += itertools.islice(with_rows, CALLS_OF_KIND - len(chosen))
         for call in chosen[::2]:
             call.arguments["sm_margin"] = 10_000
@@ -61,6 +60,26 @@ def several_tiles(kind: Kind, causal: bool) -> Call:
     tensors = {name: torch.randn(shape, generator=numbers).to(kind.dtype) for name, shape in shapes.items()}
     softcap = 5.0 if kind.softcap else 0.0
     return Call("flash_attn_func", {**tensors, "causal": causal, "softcap": softcap, "return_attn_probs": True})
+
+
+def decoding(kind: Kind) -> Call:
+    """A call that appends to a cache of pages, rotates, and shares out the keys of long sequences."""
+    numbers = torch.Generator().manual_seed(SEED)
+    sizes = {"k": kind.head_size, "v": kind.head_size_v}
+    shapes = {"q": (2, 2, 4, kind.head_size)}
+    shapes |= {name: (2, 2, 2, size) for name, size in sizes.items()}
+    shapes |= {f"{name}_cache": (50, 16, 2, size) for name, size in sizes.items()}
+    arguments: dict[str, Any] = {
+        name: torch.randn(shape, generator=numbers).to(kind.dtype) for name, shape in shapes.items()
+    }
+    angles = torch.rand((400, 8), generator=numbers)
+    arguments |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": False}
+    arguments["page_table"] = torch.randperm(50, generator=numbers).to(torch.int32).view(2, 25)
+    arguments["cache_seqlens"] = torch.tensor([390, 70], dtype=torch.int32)
+    softcap = 5.0 if kind.softcap else 0.0
+    return Call(
+        "flash_attn_with_kvcache", {**arguments, "causal": True, "softcap": softcap, "return_softmax_lse": True}
+    )
 
 
 def moved(x: torch.Tensor, device: Any, storages: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -121,7 +140,6 @@ def main(arguments: Optional[list[str]] = None) -> None:
         return
     sanitizer = find_sanitizer()
     sources = {name: text for kind in KINDS for name, text in kind.sources.items()}
-    assert len(sources) <= MOST_KERNELS
     compile_kernels(sources)
     options.reports.mkdir(parents=True, exist_ok=True)
     well = [run_tool(sanitizer, tool, options.reports) for tool in options.tools or TOOLS]

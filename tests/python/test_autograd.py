@@ -38,7 +38,6 @@ def test_backward_names_the_function(mate: ModuleType, device: str, function: st
         out.float().nansum().backward()
 
 
-@pytest.mark.needs("combine")
 def test_backward_of_combine(mate: ModuleType, device: str) -> None:
     out = torch.randn(2, 1, 3, 2, 8, device=device, requires_grad=True)
     lse = torch.randn(2, 1, 3, 2, device=device)
@@ -48,7 +47,6 @@ def test_backward_of_combine(mate: ModuleType, device: str) -> None:
         merged.sum().backward()
 
 
-@pytest.mark.needs("appending")
 def test_backward_of_append(mate: ModuleType, device: str) -> None:
     """New keys that require grad are written into the cache all the same."""
     q, k = (torch.randn(1, 1, 2, 8, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
@@ -82,7 +80,6 @@ def test_backward_of_scales_and_sinks(mate: ModuleType, device: str, name: str) 
         out.float().sum().backward()
 
 
-@pytest.mark.needs("appending")
 def test_what_is_written_is_known_to_autograd(mate: ModuleType, device: str) -> None:
     """Tensors that a graph has saved and a call then overwrites are noticed when backward needs them."""
     q, cache = (torch.randn(1, n, 2, 8, device=device, dtype=torch.bfloat16) for n in (1, 4))

@@ -34,7 +34,7 @@ def test_each_sequence_alone_and_unpadded(mate: ModuleType, device: str, seed: i
 
 
 @pytest.mark.parametrize("ragged_q", [True, False])
-@pytest.mark.parametrize("keys", ["ragged", "padded", pytest.param("paged", marks=pytest.mark.needs("paged keys"))])
+@pytest.mark.parametrize("keys", ["ragged", "padded", "paged"])
 def test_order_batch_and_layout(mate: ModuleType, device: str, seed: int, ragged_q: bool, keys: str) -> None:
     dice = random.Random(seed)
     for call in invariant_calls(40, seed, device):

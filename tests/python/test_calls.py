@@ -151,9 +151,9 @@ def test_poison_surrounds_what_is_read_and_does_not_reach_the_reference(seed: in
 
 
 def test_calls_for_a_gpu_keep_to_few_kernels_and_to_what_is_served(mate: ModuleType, seed: int) -> None:
-    most = 120
+    most = 200
     kinds = draw_kinds(seed, most)
-    assert most - 8 < len({name for kind in kinds for name in kind.sources}) <= most
+    assert most - 20 < len({name for kind in kinds for name in kind.sources}) <= most
     counts: Counter = Counter()
     for i in range(300):
         call = draw(seed + i, kinds=kinds)
@@ -174,4 +174,4 @@ def test_calls_for_a_gpu_keep_to_few_kernels_and_to_what_is_served(mate: ModuleT
 
 def test_everything_that_a_gpu_does_not_serve_is_drawn(seed: int) -> None:
     asked = {feature for i in range(200) for feature in not_served(draw(seed + i))}
-    assert asked == set(NOT_SERVED) - {"combine"}
+    assert asked == set(NOT_SERVED)

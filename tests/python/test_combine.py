@@ -10,8 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge import check_unwritten, error, same_bits, storage
 
-pytestmark = pytest.mark.needs("combine")
-
 
 def partial_results(splits: int, b: int, s: int, h: int, dv: int, device: str, dead: float = 0.3) -> tuple:
     """Random partial results; those of splits whose lse is -inf are NaN."""

@@ -103,11 +103,7 @@ def planned(mate: ModuleType, device: str) -> tuple[Callable, dict]:
     return run, {**tensors, "lengths": int32([280, 3], device)}
 
 
-PAGED = pytest.param(paged, marks=pytest.mark.needs("paged keys"))
-APPEND = pytest.param(append, marks=pytest.mark.needs("appending"))
-COMBINE = pytest.param(combine, marks=pytest.mark.needs("combine"))
-PLANNED = pytest.param(planned, marks=pytest.mark.needs("scheduler metadata"))
-CASES = [func, varlen, PAGED, APPEND, packed, into_out, COMBINE, PLANNED]
+CASES = [func, varlen, paged, append, packed, into_out, combine, planned]
 
 
 def check_against_eager(run: Callable, transformed: Callable, tensors: dict[str, torch.Tensor]) -> None:
@@ -127,14 +123,13 @@ def test_compiled(mate: ModuleType, device: str, case: Callable) -> None:
     check_against_eager(run, torch.compile(run, fullgraph=True, backend="aot_eager"), tensors)
 
 
-@pytest.mark.needs("appending")
 def test_compiled_by_inductor(mate: ModuleType, device: str) -> None:
     run, tensors = append(mate, device)
     torch._dynamo.reset()
     check_against_eager(run, torch.compile(run, fullgraph=True), tensors)
 
 
-@pytest.mark.parametrize("case", [func, varlen, PAGED, APPEND, packed, COMBINE, PLANNED])
+@pytest.mark.parametrize("case", [func, varlen, paged, append, packed, combine, planned])
 def test_exported(mate: ModuleType, device: str, case: Callable) -> None:
     run, tensors = case(mate, device)
 
@@ -174,7 +169,6 @@ def test_compiled_with_grad(mate: ModuleType, device: str) -> None:
         out.sum().backward()
 
 
-@pytest.mark.needs("scheduler metadata")
 def test_dynamic_scheduler_metadata(mate: ModuleType, device: str) -> None:
     def run(lengths):
         return mate.get_scheduler_metadata(lengths.shape[0], 1, 500, H, HK, D, lengths)
@@ -205,7 +199,7 @@ def test_exported_with_a_dynamic_length(mate: ModuleType, device: str, strict: b
         assert same_bits(program.module()(*inputs(length)), Module()(*inputs(length)))
 
 
-@pytest.mark.parametrize("case", [APPEND, into_out])
+@pytest.mark.parametrize("case", [append, into_out])
 def test_compiled_with_grad_where_arguments_are_written(mate: ModuleType, device: str, case: Callable) -> None:
     run, tensors = case(mate, device)
     tensors["q"].requires_grad_()

@@ -37,7 +37,7 @@ def ranks_of(call: Call, mate: ModuleType, dice: random.Random, world_size: int,
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-@pytest.mark.parametrize("keys", ["ragged", "padded", pytest.param("paged", marks=pytest.mark.needs("paged keys"))])
+@pytest.mark.parametrize("keys", ["ragged", "padded", "paged"])
 def test_ranks_against_the_whole(mate: ModuleType, device: str, seed: int, world_size: int, keys: str) -> None:
     dice = random.Random(seed)
     for call in draw_some(20, seed, can_be_spread, device=device, rotary=False):
@@ -48,7 +48,6 @@ def test_ranks_against_the_whole(mate: ModuleType, device: str, seed: int, world
         check_lse(lse.float(), expected.lse, 1e-4)
 
 
-@pytest.mark.needs("combine")
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_ranks_combined_by_the_library(mate: ModuleType, device: str, seed: int, world_size: int) -> None:
     dice = random.Random(seed)

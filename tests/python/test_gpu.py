@@ -13,9 +13,9 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from calls import Call, draw_some
+from calls import Call, draw_some, metadata_arguments
 from environment import DEVICE
-from judge import check, check_result, error, same_bits, storage
+from judge import check, check_arguments, check_result, check_unwritten, error, same_bits, storage
 from kernels import NOT_SERVED
 from reference import FP8, evaluate
 
@@ -51,6 +51,36 @@ def ragged(lengths_q: tuple = (300, 1, 129, 0), lengths_k: tuple = (500, 64, 129
     return Call("flash_attn_varlen_func", {**arguments, "causal": True, "return_attn_probs": True, **options})
 
 
+def cached(lengths: tuple = (500, 64, 129, 0), rows: int = 1, **options: Any) -> Call:
+    """A call over a cache of 512 keys for each sequence."""
+    arguments = {
+        "q": randn(len(lengths), rows, 8, 64),
+        "k_cache": randn(len(lengths), 512, 2, 64),
+        "v_cache": randn(len(lengths), 512, 2, 64),
+        "cache_seqlens": int32(*lengths),
+    }
+    return Call("flash_attn_with_kvcache", {**arguments, "causal": True, "return_softmax_lse": True, **options})
+
+
+def paged(lengths: tuple = (500, 64, 129, 0), rows: int = 1, page_size: int = 16, **options: Any) -> Call:
+    """The same in pages that lie anywhere, keys and values halves of one tensor."""
+    pages = 512 // page_size
+    cache = randn(len(lengths) * pages + 3, 2, page_size, 2, 64)
+    table = torch.randperm(len(cache), device=DEVICE)[: len(lengths) * pages].to(torch.int32).view(-1, pages)
+    return cached(lengths, rows, k_cache=cache[:, 0], v_cache=cache[:, 1], page_table=table, **options)
+
+
+def appending(make: Callable[..., Call] = paged, rows: int = 3, **options: Any) -> Call:
+    """Appends new keys and rotates them and the queries."""
+    new = {name: randn(4, rows, 2, 64) for name in ("k", "v")}
+    angles = torch.rand(600, 16, device=DEVICE)
+    rotary = {"rotary_cos": angles.cos().to(BF16), "rotary_sin": angles.sin().to(BF16)}
+    return make((400, 64, 129, 0), rows, **new, **rotary, **options)
+
+
+MAKERS = [normal, ragged, cached, paged, appending]
+
+
 def capture(call: Call, mate: ModuleType) -> tuple[torch.cuda.CUDAGraph, tuple]:
     """A graph of the call, and the tensors that it writes. Any wait for the device would make the capture fail."""
     graph = torch.cuda.CUDAGraph()
@@ -62,7 +92,7 @@ def capture(call: Call, mate: ModuleType) -> tuple[torch.cuda.CUDAGraph, tuple]:
 # Graphs, streams and threads.
 
 
-@pytest.mark.parametrize("make", [normal, ragged])
+@pytest.mark.parametrize("make", MAKERS)
 def test_a_graph_serves_other_values_and_lengths(mate: ModuleType, device: str, make: Callable[[], Call]) -> None:
     call = make()
     want = call.run(mate)
@@ -71,14 +101,52 @@ def test_a_graph_serves_other_values_and_lengths(mate: ModuleType, device: str, 
         tensor.fill_(torch.nan)
     graph.replay()
     assert same_bits(results, want)
-    other = {name: randn(*call.arguments[name].shape) for name in ("q", "k", "v")}
+    names = [name for name in ("q", "k", "v", "k_cache", "v_cache") if name in call.arguments]
+    other = {name: randn(*call.arguments[name].shape) for name in names}
     if "cu_seqlens_q" in call.arguments:
         other |= {"cu_seqlens_q": int32(0, 0, 299, 300, 430), "cu_seqlens_k": int32(0, 10, 400, 401, 700)}
+    if "cache_seqlens" in call.arguments:
+        other["cache_seqlens"] = int32(3, 509, 0, 200)
+    if "page_table" in call.arguments:
+        other["page_table"] = call.arguments["page_table"].flip(0, 1)
     for name, value in other.items():
         call.arguments[name].copy_(value)
+    expected = evaluate(call.function, call.arguments)
     graph.replay()
-    assert same_bits(results, Call(call.function, {**call.arguments, **other}).run(mate))
-    check_result(*results, evaluate(call.function, call.arguments), BF16)
+    check_result(*results, expected, BF16)
+    check_arguments(call.arguments, expected.after)
+    assert same_bits(results, call.run(mate))
+
+
+@pytest.mark.parametrize("num_splits", [0, 3])
+def test_a_graph_with_its_scheduler_metadata(mate: ModuleType, device: str, num_splits: int) -> None:
+    """The metadata is refreshed in place, with lengths that the host does not know."""
+    call = paged(num_splits=num_splits)
+    planning = metadata_arguments(call)
+    metadata = mate.get_scheduler_metadata(**planning)
+    call.arguments["scheduler_metadata"] = metadata
+    call.run(mate)
+    graph, results = capture(call, mate)
+    for lengths in ((3, 509, 0, 200), (512, 512, 512, 512), (0, 0, 0, 1)):
+        call.arguments["cache_seqlens"].copy_(int32(*lengths))
+        mate.get_scheduler_metadata(**planning, out=metadata)
+        graph.replay()
+        check_result(*results, evaluate(call.function, call.arguments), BF16)
+
+
+def test_a_graph_after_a_larger_call(mate: ModuleType, device: str) -> None:
+    """What a captured call needs besides its tensors is its own for good."""
+    call = cached((300,) * 4, num_splits=7)
+    want = call.run(mate)
+    graph, results = capture(call, mate)
+    large = cached((512,) * 300, num_splits=16)
+    check(large, mate)
+    for tensor in results:
+        tensor.fill_(torch.nan)
+    graph.replay()
+    large.run(mate)
+    graph.replay()
+    assert same_bits(results, want)
 
 
 FIRST_CALL_IN_A_CAPTURE = """
@@ -101,10 +169,9 @@ def test_the_first_call_of_a_process_in_a_capture(device: str) -> None:
     subprocess.run([sys.executable, "-c", FIRST_CALL_IN_A_CAPTURE], check=True)
 
 
-def test_a_thousand_replays_on_two_streams_at_once_give_equal_bits(mate: ModuleType, device: str) -> None:
+def test_a_thousand_replays_on_several_streams_at_once_give_equal_bits(mate: ModuleType, device: str) -> None:
     graphs = []
-    calls = [normal(), ragged()]
-    for call in calls:
+    for call in (normal(), ragged(), cached(), paged(num_splits=5)):
         want = call.run(mate)
         graphs.append((torch.cuda.Stream(), *capture(call, mate), want, torch.zeros((), device=device)))
     torch.cuda.synchronize()
@@ -116,7 +183,7 @@ def test_a_thousand_replays_on_two_streams_at_once_give_equal_bits(mate: ModuleT
                     wrong += (got != right).any()
                     got.fill_(torch.nan)
     torch.cuda.synchronize()
-    assert [int(wrong) for *_, wrong in graphs] == [0, 0]
+    assert [int(wrong) for *_, wrong in graphs] == [0, 0, 0, 0]
 
 
 def test_a_call_runs_on_the_stream_of_its_caller(mate: ModuleType, device: str) -> None:
@@ -136,7 +203,8 @@ def test_a_call_runs_on_the_stream_of_its_caller(mate: ModuleType, device: str) 
 
 
 def test_no_call_waits_for_the_device(mate: ModuleType, device: str) -> None:
-    calls = [normal(), ragged(), ragged(seqused_q=int32(1, 1, 5, 0), seqused_k=int32(500, 3, 0, 7))]
+    calls = [make() for make in MAKERS]
+    calls.append(ragged(seqused_q=int32(1, 1, 5, 0), seqused_k=int32(500, 3, 0, 7)))
     for call in calls:
         call.run(mate)
     torch.cuda.synchronize()
@@ -173,7 +241,7 @@ def test_every_gpu_of_the_machine(mate: ModuleType, device: str) -> None:
 
 
 @pytest.mark.parametrize("margin", [1, 8, 100, 131, 132, 10_000])
-@pytest.mark.parametrize("make", [normal, ragged])
+@pytest.mark.parametrize("make", MAKERS)
 def test_multiprocessors_left_free(mate: ModuleType, device: str, make: Callable, margin: int) -> None:
     check(make(sm_margin=margin), mate)
 
@@ -300,6 +368,36 @@ def test_wrong_lengths_stay_inside_the_tensors(mate: ModuleType, device: str, se
     check(ragged(), mate)  # the device still works
 
 
+def test_wrong_lengths_and_pages_stay_inside_the_cache(mate: ModuleType, device: str, seed: int) -> None:
+    """Pages that there are not are neither read nor written, whatever lengths and indices hold."""
+    dice = random.Random(seed)
+    for _ in range(60):
+        call = appending(dice.choice((cached, paged)), num_splits=dice.choice((0, 1, 3)))
+        wrong = {"cache_seqlens": (4,), "cache_leftpad": (4,), "rotary_seqlens": (4,), "cu_seqlens_q": (5,)}
+        if "page_table" in call.arguments:
+            wrong["page_table"] = call.arguments["page_table"].shape
+        else:
+            wrong["cache_batch_idx"] = (4,)
+        for name in dice.sample(list(wrong), dice.randint(1, len(wrong))):
+            if name == "cu_seqlens_q":
+                call.arguments |= {"q": randn(12, 8, 64), "max_seqlen_q": 3}
+            values = torch.randint(-(2**31), 2**31, wrong[name], device=device)
+            near = torch.randint(-5, 600, wrong[name], device=device)
+            call.arguments[name] = (values if dice.random() < 0.5 else near).to(torch.int32)
+        around = {}
+        for name in ("k_cache", "v_cache"):
+            cache = call.arguments[name]
+            wide = torch.full((len(cache) + 2, *cache.shape[1:-1], 80), 7, device=device, dtype=BF16)
+            wide[1:-1, ..., :64] = cache
+            around[name] = wide
+            call.arguments[name] = wide[1:-1, ..., :64]
+        call.run(mate)
+        for wide in around.values():
+            wide[1:-1, ..., :64] = 7
+            assert (wide == 7).all()
+    check(appending(), mate)  # the device still works
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
@@ -323,6 +421,31 @@ def test_mate_check_names_what_is_wrong(
     with pytest.raises(ValueError, match=name):
         ragged(**{**right, name: wrong}, out=out).run(mate)
     assert same_bits(out, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("cache_seqlens", (400, 64, -1, 0)),
+        ("cache_seqlens", (400, 64, 510, 0)),
+        ("cache_leftpad", (0, 65, 0, 0)),
+        ("page_table", None),
+    ],
+)
+def test_mate_check_names_what_is_wrong_of_a_cache(
+    mate: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch, name: str, values: Any
+) -> None:
+    monkeypatch.setenv("MATE_CHECK", "1")
+    call = appending(cache_leftpad=int32(0, 3, 0, 0))
+    check(call, mate)
+    before = copy.deepcopy(call.arguments)
+    if name == "page_table":
+        call.arguments[name][1, 4] = len(call.arguments["k_cache"])
+    else:
+        call.arguments[name] = int32(*values)
+    with pytest.raises(ValueError, match=name):
+        call.run(mate)
+    check_unwritten(call.arguments, before, skip=(name,))
 
 
 def test_mate_check_lets_a_capture_be(mate: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,6 +531,21 @@ def test_more_keys_than_2_to_the_31_elements(mate: ModuleType, device: str) -> N
             torch.testing.assert_close(one.view(other.shape), other, rtol=1e-2, atol=2e-3)
 
 
+def test_a_cache_of_more_than_2_to_the_31_elements(mate: ModuleType, device: str) -> None:
+    needs_memory(12)
+    pages = 2**31 // (64 * 2 * 64) + 10
+    k = torch.empty(pages, 64, 2, 64, device=device, dtype=BF16).normal_()
+    v = torch.empty_like(k).normal_()
+    q, new = randn(2, 1, 8, 64), randn(2, 1, 2, 64)
+    table = torch.stack((torch.arange(pages - 9, pages - 1), torch.arange(8))).to(device, torch.int32)
+    small = [x[table.long()].flatten(1, 2) for x in (k, v)]
+    options = {"cache_seqlens": int32(500, 300), "causal": True, "return_softmax_lse": True}
+    want = mate.flash_attn_with_kvcache(q, *small, new, new, **options)
+    got = mate.flash_attn_with_kvcache(q, k, v, new, new, page_table=table, **options)
+    assert same_bits(got, want)
+    assert same_bits([x[table.long()].flatten(1, 2) for x in (k, v)], small)
+
+
 def test_more_queries_than_2_to_the_31_elements(mate: ModuleType, device: str) -> None:
     needs_memory(20)
     q = torch.empty(2**31 // (8 * 64) + 1000, 8, 64, device=device, dtype=BF16).normal_()
@@ -429,21 +567,16 @@ def not_served_calls() -> dict[str, Call]:
     """One call for each thing that is not served, and nothing else."""
     call = normal()
     q, k, v = (call.arguments[name] for name in ("q", "k", "v"))
-    wide, pages = randn(2, 5, 2, 264), randn(9, 16, 2, 64)
-    cache = {"q": q[:, :1], "k_cache": k, "v_cache": v, "cache_seqlens": int32(400, 3)}
-    table = {"k_cache": pages, "v_cache": pages, "page_table": int32([1, 2], [3, 4]), "cache_seqlens": 20}
+    wide = randn(2, 5, 2, 264)
     return {
         "float32": Call("flash_attn_func", {name: x.float() for name, x in zip("qkv", (q, k, v))}),
         "float8_e4m3fn": Call("flash_attn_func", {name: x.to(FP8) for name, x in zip("qkv", (q, k, v))}),
         "qv": Call("flash_attn_func", {"q": q, "k": k, "v": v, "qv": q}),
         "wide heads": Call("flash_attn_func", dict.fromkeys("qkv", wide)),
-        "paged keys": Call("flash_attn_with_kvcache", {**cache, **table}),
-        "appending": Call("flash_attn_with_kvcache", {**cache, "k": k[:, :1], "v": v[:, :1]}),
-        "scheduler metadata": Call("flash_attn_with_kvcache", cache, with_metadata=True),
     }
 
 
-@pytest.mark.parametrize("feature", [name for name in NOT_SERVED if name != "combine"])
+@pytest.mark.parametrize("feature", NOT_SERVED)
 def test_the_error_says_what_is_not_served(mate: ModuleType, device: str, feature: str) -> None:
     with pytest.raises(NotImplementedError, match=NOT_SERVED[feature]):
         not_served_calls()[feature].run(mate)

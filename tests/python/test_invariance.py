@@ -45,7 +45,7 @@ def test_whole_against_sequences_one_by_one(mate: ModuleType, device: str, seed:
             check_lse(lse, one_lse[0].T.double(), 1e-4)
 
 
-@pytest.mark.parametrize("keys", ["ragged", "padded", pytest.param("paged", marks=pytest.mark.needs("paged keys"))])
+@pytest.mark.parametrize("keys", ["ragged", "padded", "paged"])
 def test_layout_of_the_keys(mate: ModuleType, device: str, seed: int, keys: str) -> None:
     dice = random.Random(seed)
     for call in draw_some(40, seed, lambda call: call.normalised.batch > 0, device=device, rotary=False):

@@ -2,7 +2,6 @@
 
 from types import ModuleType
 
-import pytest
 import torch
 from judge import same_bits
 from kernels import NOT_SERVED
@@ -25,7 +24,6 @@ def far_apart(x: torch.Tensor) -> torch.Tensor:
     return result.copy_(x)
 
 
-@pytest.mark.needs("appending")
 def test_cache_rows(mate: ModuleType, device: str) -> None:
     q = torch.randn(2, 3, 4, 16, device=device, dtype=torch.bfloat16)
     cache_k, cache_v = (values(2, 90, 2, 16, device=device) for _ in range(2))
@@ -38,7 +36,6 @@ def test_cache_rows(mate: ModuleType, device: str) -> None:
     assert same_bits((far_k, far_v), (cache_k, cache_v))
 
 
-@pytest.mark.needs("paged keys")
 def test_pages(mate: ModuleType, device: str) -> None:
     q = torch.randn(1, 3, 4, 16, device=device, dtype=torch.bfloat16)
     pages = values(2, 40, 2, 16, device=device)

@@ -11,8 +11,6 @@ from calls import Call, draw_some, metadata_arguments
 from judge import check_arguments, same_bits
 from reference import evaluate
 
-pytestmark = pytest.mark.needs("scheduler metadata")
-
 PLANNED = ("flash_attn_varlen_func", "flash_attn_with_kvcache")
 
 

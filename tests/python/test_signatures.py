@@ -247,7 +247,6 @@ def test_names_of_returning_lse(mate: ModuleType, device: str, function: str) ->
     assert same_bits(one, other)
 
 
-@pytest.mark.needs("paged keys")
 @pytest.mark.parametrize("function", ["flash_attn_varlen_func", "flash_attn_with_kvcache"])
 def test_names_of_the_page_table(mate: ModuleType, device: str, function: str) -> None:
     def has_pages(call: Call) -> bool:

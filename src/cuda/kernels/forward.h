@@ -261,7 +261,8 @@ class ForwardLoader {
 
   /// Starts fetching a block of rows, which makes up `bytes`.
   template <int padded>
-  __device__ void fetch(unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int bytes, int head, Box box) {
+  __device__ void fetch(unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int bytes, int head,
+                        Box box) {
     if (!a_.problem.keys.paged()) {
       if (first_lane()) {
         barrier.arrive_expecting(bytes);

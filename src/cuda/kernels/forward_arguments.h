@@ -9,8 +9,8 @@ namespace mate::cuda {
 
 /// Results over parts of tiles' keys, until they are merged: `rows` rows to each slot.
 struct PartialResults {
-  float* sums = nullptr;      ///< (slots, rows, dv rounded up), float32
-  float* weights = nullptr;   ///< (slots, rows, 2): the exponent of 2 that they are relative to, and their sum
+  float* sums = nullptr;     ///< (slots, rows, dv rounded up), float32
+  float* weights = nullptr;  ///< (slots, rows, 2): the exponent of 2 that they are relative to, and their sum
   int rows = 0;
 };
 

@@ -48,7 +48,9 @@ struct ForwardVariant {
   // take. With one consumer there are enough for all.
   constexpr bool moves_registers() const { return warpgroups > 1; }
   constexpr int registers_at_start() const { return moves_registers() ? 64 * 1024 / threads() / 8 * 8 : 248; }
-  constexpr int producer_registers() const { return warpgroups == 3 ? 32 : gather && splits ? 104 : gather || splits ? 88 : 40; }
+  constexpr int producer_registers() const {
+    return warpgroups == 3 ? 32 : gather && splits ? 104 : gather || splits ? 88 : 40;
+  }
   constexpr int consumer_registers() const {
     if (!moves_registers()) return registers_at_start();
     return (registers_at_start() * (warpgroups + 1) - producer_registers()) / warpgroups / 8 * 8;

@@ -129,7 +129,8 @@ class SplitScheduler : GrainCounter<variant> {
     const int found = __ffs(beyond) - 1;
     const Count count = this->from(count_, found);
     const int begin = __shfl_sync(~0U, end_of_sequence_, found) - count.grains * units();
-    const int unit = static_cast<int>(static_cast<unsigned>(share_.begin - begin) / static_cast<unsigned>(count.grains));
+    const int unit =
+        static_cast<int>(static_cast<unsigned>(share_.begin - begin) / static_cast<unsigned>(count.grains));
     Share tile{begin + unit * count.grains, begin + (unit + 1) * count.grains};
     const int index = count.tiles == 1 ? 0 : find_tile(count, tile);
     const int room = tile.end - share_.begin;
@@ -144,8 +145,8 @@ class SplitScheduler : GrainCounter<variant> {
     this->find_keys(work);
     if (lane() == 0) {
       if (room != taken || tile.begin != share_.begin) work.part = part_of(a_.cut, shares_, tile, share_.begin);
-      const BlockRange blocks = blocks_of_grains(a_.cut, work.blocks, this->distance_of(count.lengths),
-                                                 share_.begin - tile.begin, taken);
+      const BlockRange blocks =
+          blocks_of_grains(a_.cut, work.blocks, this->distance_of(count.lengths), share_.begin - tile.begin, taken);
       work.blocks = blocks;
       if (work.whole.begin < blocks.begin) work.whole.begin = blocks.begin;
       if (work.whole.end > blocks.end) work.whole.end = blocks.end;

@@ -46,8 +46,8 @@ class TileFinder {
   __device__ BlockRange blocks_of_tile(const Lengths& lengths, int used, int tile) const {
     const TileRows rows = rows_of_tile(tiling(), used, tile);
     if (rows.count() <= 0) return {};
-    return blocks_of_keys(tiling(), keys_of_some_row(problem().mask, lengths, query_of_row(rows.first),
-                                                     query_of_row(rows.last)));
+    return blocks_of_keys(tiling(),
+                          keys_of_some_row(problem().mask, lengths, query_of_row(rows.first), query_of_row(rows.last)));
   }
 
   /// Where the rows of a sequence are. One lane does that.

@@ -1,0 +1,52 @@
+// Launches the kernel that appends to a cache.
+#include "append.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "attention/check.h"
+#include "kernel_library.h"
+#include "kernels/append_arguments.h"
+#include "variants.h"
+
+namespace mate::cuda {
+namespace {
+
+KernelFamily& append_kernels() {
+  static KernelFamily kernels;
+  return kernels;
+}
+
+}  // namespace
+
+void append(Problem& p, const Device& gpu, CUstream stream, Scratch& scratch) {
+  AppendArguments arguments;
+  std::int64_t rows = std::int64_t{p.keys.new_rows} * p.heads_k;
+  if (p.rotary.given()) {
+    constexpr int multiple = 8;  // elements in 16 bytes
+    Rows& q = arguments.rotated_q;
+    q.type = p.q.type;
+    q.head_stride = (p.head_dim + multiple - 1) / multiple * multiple;
+    q.row_stride = q.head_stride * p.heads_q;
+    q.slot_stride = q.row_stride * p.queries.rows;
+    q.data = scratch.take<std::uint16_t>(q.slot_stride * p.query_slots());
+    rows += std::int64_t{p.queries.rows} * p.heads_q;
+  }
+  arguments.problem = p;
+  constexpr int threads = 128;
+  constexpr int most_blocks = 1024;  // of a sequence
+  const Kernel kernel =
+      append_kernels().load(gpu, static_cast<std::uint64_t>(p.q.type), [&] { return append_source(p.q.type); });
+  const std::int64_t blocks = (rows + threads / 32 - 1) / (threads / 32);
+  // A grid has at most 2**16 - 1 rows.
+  constexpr int most_sequences = 65'535;
+  require(p.batch <= most_sequences, "k_new must be appended to at most ", most_sequences, " sequences, got ", p.batch);
+  const Launch shape{
+      .grid = {static_cast<unsigned>(std::clamp<std::int64_t>(blocks, 1, most_blocks)), static_cast<unsigned>(p.batch)},
+      .block = {threads},
+      .stream = stream};
+  launch(kernel, shape, arguments);
+  if (p.rotary.given()) p.q = arguments.rotated_q;
+}
+
+}  // namespace mate::cuda
