@@ -53,6 +53,7 @@ class RingPlace {
  public:
   __device__ int stage() const { return static_cast<int>(count_ % stages); }
   __device__ unsigned parity() const { return count_ / stages % 2; }
+  __device__ bool is_odd() const { return count_ % 2 != 0; }
   __device__ void advance() { ++count_; }
   __device__ RingPlace before(int count) const { return RingPlace(count_ - count); }
 
@@ -149,12 +150,10 @@ __device__ void clear_tile(const ForwardArguments& a, const TileWork& work) {
 template <ForwardVariant variant, typename Scheduler>
 __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shared) {
   Scheduler scheduler(a);
-  unsigned begun_parity = 1;
   for (RingPlace<ForwardShared<variant>::work_stages> place;; place.advance()) {
     if constexpr (!variant.splits) {
       // Not more than one tile is taken ahead of its turn: others may have nothing to do by then.
-      shared.begun.wait(begun_parity);
-      begun_parity ^= 1;
+      shared.begun.wait(!place.is_odd());
     }
     shared.work.empty[place.stage()].wait(place.parity() ^ 1);
     TileWork& work = shared.works[place.stage()];
@@ -199,23 +198,14 @@ class ForwardLoader {
 
   using Bits = unsigned short;
 
-  /// What the loads of a tile's blocks have in common. Loading a block takes few instructions: consumers wait for each.
-  struct Blocks {
-    int head;
-    int clear_low;   ///< blocks of which the first or last rows are seen by no row of the sequence, but are there;
-    int clear_high;  ///< -1 where there is none
-  };
-
-  __device__ Blocks blocks_of(const TileWork& work) const {
-    const KeyRange seen = work.seen;
+  /// Whether rows of block n that no row of the sequence sees are fetched all the same. Behind the tensor's last row
+  /// the copy engine brings zeros.
+  __device__ bool fetches_unseen(const TileWork& work, int n) const {
+    const int first_key = n * variant.block_keys;
+    if (first_key < work.seen.begin) return true;
     const KeyLayout& keys = a_.problem.keys;
-    Blocks blocks;
-    blocks.head = work.unit * a_.pack / a_.problem.group();
-    // Behind the tensor's last row the copy engine brings zeros.
-    const bool more_behind = keys.paged() || work.place.first_k + static_cast<long long>(seen.end) < keys.rows;
-    blocks.clear_low = seen.begin % variant.block_keys != 0 ? seen.begin / variant.block_keys : -1;
-    blocks.clear_high = seen.end % variant.block_keys != 0 && more_behind ? seen.end / variant.block_keys : -1;
-    return blocks;
+    const bool more_behind = keys.paged() || work.place.first_k + static_cast<long long>(work.seen.end) < keys.rows;
+    return first_key + variant.block_keys > work.seen.end && more_behind;
   }
 
   /// Where the copy engine finds the keys of a block: all of them where they are not paged; else those of one box, for
@@ -239,24 +229,23 @@ class ForwardLoader {
   }
 
   __device__ void load(const TileWork& work) {
-    const Blocks blocks = blocks_of(work);
     const int begin = work.blocks.begin;
     int n = work.blocks.end - 1;
     Box box{};
     Box next{};
     if constexpr (!variant.gather) box = locate(work, n);
-    load_k(work, blocks, n, box);
+    load_k(work, n, box);
     load_q(work);
     if constexpr (!variant.gather) next = locate(work, n - 1);
     for (; n > begin; --n) {
       Box after{};  // pages are looked up a step ahead
       if constexpr (!variant.gather) after = locate(work, n - 2);
-      load_k(work, blocks, n - 1, next);
-      load_v(work, blocks, n, box);
+      load_k(work, n - 1, next);
+      load_v(work, n, box);
       box = next;
       next = after;
     }
-    load_v(work, blocks, n, box);
+    load_v(work, n, box);
   }
 
   /// Starts fetching a block of rows, which makes up `bytes`.
@@ -307,27 +296,27 @@ class ForwardLoader {
     q_.advance();
   }
 
-  __device__ void load_k(const TileWork& work, const Blocks& blocks, int n, Box box) {
+  __device__ void load_k(const TileWork& work, int n, Box box) {
     await_empty(shared_.k.empty[k_.stage()], k_.parity());
     unsigned char* const tile = shared_.k_tiles[k_.stage()].rows;
     ptx::Mbarrier& full = shared_.k.full[k_.stage()];
     if constexpr (variant.gather) {
-      gather_block<variant.head_dim>(work, blocks, n, a_.problem.k, a_.problem.head_dim, tile, full);
+      gather_block<variant.head_dim>(work, n, a_.problem.k, a_.problem.head_dim, tile, full);
     } else {
-      fetch<variant.head_dim>(tile, a_.k, full, variant.k_bytes(), blocks.head, box);
+      fetch<variant.head_dim>(tile, a_.k, full, variant.k_bytes(), work.head_k, box);
     }
     k_.advance();
   }
 
-  __device__ void load_v(const TileWork& work, const Blocks& blocks, int n, Box box) {
+  __device__ void load_v(const TileWork& work, int n, Box box) {
     await_empty(shared_.v.empty[v_.stage()], v_.parity());
     unsigned char* const tile = shared_.v_tiles[v_.stage()].rows;
     ptx::Mbarrier& full = shared_.v.full[v_.stage()];
     if constexpr (variant.gather) {
-      gather_block<variant.head_dim_v>(work, blocks, n, a_.problem.v, a_.problem.head_dim_v, tile, full);
+      gather_block<variant.head_dim_v>(work, n, a_.problem.v, a_.problem.head_dim_v, tile, full);
     } else {
-      const bool clears = n == blocks.clear_low || n == blocks.clear_high;
-      fetch<variant.head_dim_v>(tile, a_.v, clears ? shared_.v_fetched : full, variant.v_bytes(), blocks.head, box);
+      const bool clears = fetches_unseen(work, n);
+      fetch<variant.head_dim_v>(tile, a_.v, clears ? shared_.v_fetched : full, variant.v_bytes(), work.head_k, box);
       if (clears) clear_unseen(work, n, tile, full);
     }
     v_.advance();
@@ -348,14 +337,14 @@ class ForwardLoader {
   }
 
   template <int padded>
-  __device__ void gather_block(const TileWork& work, const Blocks& blocks, int n, const Rows& rows, int head_dim,
-                               unsigned char* tile, ptx::Mbarrier& full) {
+  __device__ void gather_block(const TileWork& work, int n, const Rows& rows, int head_dim, unsigned char* tile,
+                               ptx::Mbarrier& full) {
     const int first_key = n * variant.block_keys;
     const int begin = work.seen.begin - first_key;
     const int end = work.seen.end - first_key;
     const KeyLayout& keys = a_.problem.keys;
     const long long first_row = work.place.first_k + static_cast<long long>(first_key);
-    const Bits* const first = keys.paged() ? nullptr : row_of(rows, work.place.cache_row, first_row, blocks.head);
+    const Bits* const first = keys.paged() ? nullptr : row_of(rows, work.place.cache_row, first_row, work.head_k);
     gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int row) -> const Bits* {
       if (row < begin || row >= end) return nullptr;
       if (!keys.paged()) return first + row * rows.row_stride;
@@ -363,7 +352,7 @@ class ForwardLoader {
       const unsigned index = position / static_cast<unsigned>(keys.rows);
       const long long page = page_of(keys, work.place, index);
       if (page < 0 || page >= keys.slots) return nullptr;
-      return row_of(rows, page, position - index * keys.rows, blocks.head);
+      return row_of(rows, page, position - index * keys.rows, work.head_k);
     });
   }
 

@@ -12,6 +12,7 @@ namespace mate::cuda {
 struct TileWork {
   int sequence = -1;  ///< of the batch; negative: there are no more tiles
   int unit = 0;       ///< `pack` query heads
+  int head_k = 0;     ///< their key head
   int tile = 0;
   int first_query = 0;  ///< query row of the sequence that the tile begins with,
   int first_head = 0;   ///< and which of the unit's heads
@@ -74,6 +75,7 @@ class TileFinder {
     if (lane > 0) return;
     const bool any = rows.count() > 0;
     const KeyRange seen_by_all = any ? keys_of_every_row(first, last) : KeyRange{};
+    work.head_k = work.unit * a_.pack / problem().group();
     work.first_query = first_query;
     work.first_head = static_cast<int>(rows.first) - first_query * a_.pack;
     work.seen = any ? of_sequence : KeyRange{};
