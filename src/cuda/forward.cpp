@@ -131,8 +131,10 @@ int most_keys(const Problem& p) {
   return static_cast<int>(std::min<std::int64_t>(capacity, p.max_seqlen_k));
 }
 
-/// Whether all packed rows of any sequence fit one consumer: decoding, mostly.
+/// Whether all packed rows of any sequence fit one consumer: decoding, mostly. Where some rows of ragged sequences are
+/// not used, only the device knows how many there are to be cleared.
 bool has_few_rows(const Problem& p) {
+  if (p.ragged_queries() && p.queries.seqused.given()) return false;
   const int pack = p.pack_gqa == 0 ? 1 : p.group();
   return std::int64_t{most_rows(p)} * pack <= 64;
 }

@@ -42,6 +42,8 @@ Kernel KernelFamily::load_first(const Device& device, const Id& id, const Kernel
 }
 
 void launch_with(const Kernel& kernel, const Launch& launch, void** argument_addresses) {
+  static constexpr CUlaunchAttribute overlaps{.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                              .value = {.programmaticStreamSerializationAllowed = 1}};
   const CUlaunchConfig config{
       .gridDimX = launch.grid.x,
       .gridDimY = launch.grid.y,
@@ -51,8 +53,8 @@ void launch_with(const Kernel& kernel, const Launch& launch, void** argument_add
       .blockDimZ = launch.block.z,
       .sharedMemBytes = static_cast<unsigned>(kernel.shared_bytes),
       .hStream = launch.stream,
-      .attrs = launch.attributes.data(),
-      .numAttrs = static_cast<unsigned>(launch.attributes.size()),
+      .attrs = &overlaps,
+      .numAttrs = 1,
   };
   // The driver takes a kernel in place of a function, and finds the function of the stream's context.
   driver().cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel.handle), argument_addresses, nullptr);

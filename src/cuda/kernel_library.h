@@ -6,7 +6,6 @@
 #include <functional>
 #include <mutex>
 #include <shared_mutex>
-#include <span>
 #include <unordered_map>
 
 #include "compiler.h"
@@ -72,10 +71,10 @@ struct Launch {
   Extent grid;   ///< in blocks
   Extent block;  ///< in threads
   CUstream stream = nullptr;
-  std::span<const CUlaunchAttribute> attributes = {};
 };
 
-/// Launches a kernel with the addresses of its arguments.
+/// Launches a kernel with the addresses of its arguments, while the stream's earlier ones run to their end: each kernel
+/// of the library begins with ptx::begin_overlapped().
 void launch_with(const Kernel& kernel, const Launch& launch, void** argument_addresses);
 
 /// Launches a kernel. The arguments are of the very types of its parameters. A context of the device must be current.

@@ -3,6 +3,7 @@
 
 #include "append_arguments.h"
 #include "element.h"
+#include "ptx/launch.h"
 
 namespace mate::cuda {
 
@@ -40,6 +41,7 @@ __device__ inline void write_row(const void* source, void* target, int width, co
 /// those of its queries.
 template <ElementType element>
 __device__ void append(const AppendArguments& a) {
+  ptx::begin_overlapped();
   const Problem& p = a.problem;
   const int b = blockIdx.y;
   const Sequence sequence = p.sequence(b);

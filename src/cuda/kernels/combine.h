@@ -3,6 +3,7 @@
 
 #include "element.h"
 #include "merge.h"
+#include "ptx/launch.h"
 
 namespace mate::cuda {
 
@@ -19,6 +20,7 @@ __device__ inline void narrow(float value, void* row, int column, ElementType ty
 
 /// Each warp merges rows.
 __device__ inline void combine(const CombineProblem& p) {
+  ptx::begin_overlapped();
   const int warps = blockDim.x / 32;
   const long long rows = static_cast<long long>(p.batch) * p.rows * p.heads;
   const long long step = static_cast<long long>(gridDim.x) * warps;

@@ -26,6 +26,7 @@
 
 #include "load.h"
 #include "merge.h"
+#include "ptx/launch.h"
 #include "ptx/wgmma.h"
 #include "softmax.h"
 #include "split_scheduler.h"
@@ -237,15 +238,16 @@ class ForwardLoader {
     load_k(work, n, box);
     load_q(work);
     if constexpr (!variant.gather) next = locate(work, n - 1);
-    for (; n > begin; --n) {
+#pragma unroll 1
+    for (;; --n) {
       Box after{};  // pages are looked up a step ahead
       if constexpr (!variant.gather) after = locate(work, n - 2);
-      load_k(work, n - 1, next);
+      if (n > begin) load_k(work, n - 1, next);
       load_v(work, n, box);
+      if (n == begin) break;
       box = next;
       next = after;
     }
-    load_v(work, n, box);
   }
 
   /// Starts fetching a block of rows, which makes up `bytes`.
@@ -746,6 +748,7 @@ __device__ void forward(const ForwardArguments& a) {
     }
     shared.init();
   }
+  ptx::begin_overlapped();
   __syncthreads();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {

@@ -34,6 +34,8 @@ struct ForwardVariant {
   bool gather = false;  ///< rows are loaded one by one, whatever their alignment; else by tensor maps
   bool splits = false;  ///< the keys of a tile are shared out among blocks of threads
 
+  /// Whether all query rows of a unit of heads, in any sequence, are one tile: decoding.
+  constexpr bool one_tile() const { return warpgroups == 1; }
   /// Rows that there is room for. A tile holds whole queries, of `pack` rows each.
   constexpr int tile_rows() const { return 64 * warpgroups; }
   constexpr Tiling tiling(int pack) const { return {tile_rows() / pack * pack, block_keys, pack}; }

@@ -33,6 +33,7 @@ __device__ inline void clear_rows(unsigned char* tile, int head_dim, int begin, 
   const int pieces = chunks_of(head_dim) * 8;
   // This is rare: what follows from the lane had better not be kept in registers all along.
   const int lane = ptx::known_only_here(threadIdx.x % 32);
+#pragma unroll 1
   for (int i = begin * pieces + lane; i < end * pieces; i += 32) {
     *reinterpret_cast<uint4*>(tile + piece_offset<rows>(i / pieces, i % pieces)) = make_uint4(0, 0, 0, 0);
   }

@@ -32,19 +32,70 @@ class GrainCounter : public TileFinder<variant> {
   struct Count {
     int tiles = 0;   ///< of one unit
     int grains = 0;  ///< of them all
-    Lengths lengths;
+    int capacity = 0;
+    Sequence place;
+    KeyRange first, last;  ///< keys that its first and last row see, where they are in one tile
   };
 
   /// Of sequence b, another one for each lane.
   __device__ Count count(int b) const {
     Count count;
     if (b < problem().batch) {
-      count.tiles = this->tiles_of_sequence(b);
-      count.lengths = problem().sequence(b).lengths;
-      if (count.tiles <= few_tiles) {
+      count.capacity = query_capacity(problem().queries, b);
+      count.tiles = this->tiles_of_capacity(count.capacity);
+      count.place = problem().sequence(b);
+    }
+    if constexpr (variant.one_tile()) {
+      if (count.tiles > 0) count_tile(count);
+    } else {
+      count_tiles(count);
+    }
+    return count;
+  }
+
+ protected:
+  /// What a lane has found.
+  __device__ static Count from(const Count& count, int source) {
+    const auto of = [&](int x) { return __shfl_sync(~0U, x, source); };
+    Count theirs;
+    theirs.tiles = of(count.tiles);
+    theirs.grains = of(count.grains);
+    theirs.capacity = of(count.capacity);
+    theirs.place.lengths = {of(count.place.lengths.sq), of(count.place.lengths.sk), of(count.place.lengths.total)};
+    theirs.place.first_q = of(count.place.first_q);
+    theirs.place.cache_row = of(count.place.cache_row);
+    theirs.place.first_k = of(count.place.first_k);
+    if constexpr (variant.one_tile()) {
+      theirs.first = {of(count.first.begin), of(count.first.end)};
+      theirs.last = {of(count.last.begin), of(count.last.end)};
+    }
+    return theirs;
+  }
+
+ private:
+  /// Tiles that a lane counts by itself; those of a longer sequence all lanes count together.
+  static constexpr int few_tiles = 4;
+
+  __device__ void count_tile(Count& count) const {
+    const Lengths& lengths = count.place.lengths;
+    const int used = this->used_rows(lengths);
+    BlockRange blocks{};
+    if (used > 0) {
 #pragma unroll 1
-        for (int tile = 0; tile < count.tiles; ++tile) count.grains += grains_of_tile(count.lengths, tile);
+      for (int row = used - 1;; row = 0) {
+        count.first = visible_keys(problem().mask, lengths, row);
+        if (row == used - 1) count.last = count.first;
+        if (row == 0) break;
       }
+      blocks = blocks_of_keys(this->tiling(), keys_of_some_row(count.first, count.last));
+    }
+    count.grains = grains_of(a_.cut, blocks, distance_of(lengths));
+  }
+
+  __device__ void count_tiles(Count& count) const {
+    if (count.tiles <= few_tiles) {
+#pragma unroll 1
+      for (int tile = 0; tile < count.tiles; ++tile) count.grains += grains_of_tile(count.place.lengths, tile);
     }
 #pragma unroll 1
     for (unsigned long_ones = __ballot_sync(~0U, count.tiles > few_tiles); long_ones != 0; long_ones &= long_ones - 1) {
@@ -52,24 +103,11 @@ class GrainCounter : public TileFinder<variant> {
       const Count theirs = from(count, source);
       int grains = 0;
 #pragma unroll 1
-      for (int tile = lane(); tile < theirs.tiles; tile += 32) grains += grains_of_tile(theirs.lengths, tile);
+      for (int tile = lane(); tile < theirs.tiles; tile += 32) grains += grains_of_tile(theirs.place.lengths, tile);
       grains = warp_sum(grains);
       if (lane() == source) count.grains = grains;
     }
-    return count;
   }
-
- protected:
-  __device__ static Count from(const Count& count, int source) {
-    return {__shfl_sync(~0U, count.tiles, source),
-            __shfl_sync(~0U, count.grains, source),
-            {__shfl_sync(~0U, count.lengths.sq, source), __shfl_sync(~0U, count.lengths.sk, source),
-             __shfl_sync(~0U, count.lengths.total, source)}};
-  }
-
- private:
-  /// Tiles that a lane counts by itself; those of a longer sequence all lanes count together.
-  static constexpr int few_tiles = 4;
 };
 
 /// Used by all lanes of one warp together.
@@ -132,7 +170,8 @@ class SplitScheduler : GrainCounter<variant> {
     const int unit =
         static_cast<int>(static_cast<unsigned>(share_.begin - begin) / static_cast<unsigned>(count.grains));
     Share tile{begin + unit * count.grains, begin + (unit + 1) * count.grains};
-    const int index = count.tiles == 1 ? 0 : find_tile(count, tile);
+    int index = 0;
+    if constexpr (!variant.one_tile()) index = count.tiles == 1 ? 0 : find_tile(count, tile);
     const int room = tile.end - share_.begin;
     const int left = share_.end - share_.begin;
     const int taken = a_.cut.takes_single_grains() ? 1 : room < left ? room : left;
@@ -140,13 +179,21 @@ class SplitScheduler : GrainCounter<variant> {
       work.sequence = first_sequence_ + found;
       work.unit = unit;
       work.tile = index;
-      this->locate(work);
+      work.place = count.place;
+      work.capacity = count.capacity;
+      work.used = this->used_rows(count.place.lengths);
+      work.part = {};
+      if constexpr (variant.one_tile()) {
+        work.first_query = 0;
+        work.first_head = 0;
+        this->set_keys(work, work.used > 0, count.first, count.last, {count.first.begin, count.last.end});
+      }
     }
-    this->find_keys(work);
+    if constexpr (!variant.one_tile()) this->find_keys(work);
     if (lane() == 0) {
       if (room != taken || tile.begin != share_.begin) work.part = part_of(a_.cut, shares_, tile, share_.begin);
-      const BlockRange blocks =
-          blocks_of_grains(a_.cut, work.blocks, this->distance_of(count.lengths), share_.begin - tile.begin, taken);
+      const BlockRange blocks = blocks_of_grains(a_.cut, work.blocks, this->distance_of(count.place.lengths),
+                                                 share_.begin - tile.begin, taken);
       work.blocks = blocks;
       if (work.whole.begin < blocks.begin) work.whole.begin = blocks.begin;
       if (work.whole.end > blocks.end) work.whole.end = blocks.end;
@@ -161,7 +208,7 @@ class SplitScheduler : GrainCounter<variant> {
 #pragma unroll 1
     for (int first = 0;; first += 32) {
       const int tile = count.tiles - 1 - (first + lane());
-      const int grains = tile >= 0 ? this->grains_of_tile(count.lengths, tile) : 0;
+      const int grains = tile >= 0 ? this->grains_of_tile(count.place.lengths, tile) : 0;
       const int end = begin + warp_prefix_sum(grains);
       const unsigned beyond = __ballot_sync(~0U, end > share_.begin);
       if (beyond != 0) {

@@ -85,7 +85,7 @@ class TileScheduler : TileFinder<variant> {
     const int sk = work.place.lengths.sk;
     const int heads_in_l2 = clamp(a_.keys_in_l2 / (sk > 0 ? sk : 1), 1, heads);
     const int sections = (heads + heads_in_l2 - 1) / heads_in_l2;
-    const int tiles = tiles_of(tiling(), work.capacity);
+    const int tiles = this->tiles_of_capacity(work.capacity);
     const int units_of_head = units() / heads;
     // Section i has key heads i * heads / sections onward.
     const int section = ((index_in_sequence_ / (tiles * units_of_head) + 1) * sections - 1) / heads;

@@ -37,7 +37,12 @@ class TileFinder {
   __device__ int units() const { return problem().heads_q / a_.pack; }
 
   /// Of one unit.
-  __device__ int tiles_of_sequence(int b) const { return tiles_of(tiling(), query_capacity(problem().queries, b)); }
+  __device__ int tiles_of_sequence(int b) const { return tiles_of_capacity(query_capacity(problem().queries, b)); }
+
+  __device__ int tiles_of_capacity(int rows) const {
+    if constexpr (variant.one_tile()) return rows > 0;
+    return tiles_of(tiling(), rows);
+  }
 
   __device__ int used_rows(const Lengths& lengths) const {
     return lengths.sq < problem().max_seqlen_q ? lengths.sq : problem().max_seqlen_q;
@@ -73,11 +78,16 @@ class TileFinder {
     const KeyRange last{__shfl_sync(~0U, seen.begin, 1), __shfl_sync(~0U, seen.end, 1)};
     const KeyRange of_sequence{__shfl_sync(~0U, seen.begin, 2), __shfl_sync(~0U, seen.end, 3)};
     if (lane > 0) return;
-    const bool any = rows.count() > 0;
-    const KeyRange seen_by_all = any ? keys_of_every_row(first, last) : KeyRange{};
-    work.head_k = work.unit * a_.pack / problem().group();
+    set_keys(work, rows.count() > 0, first, last, of_sequence);
     work.first_query = first_query;
     work.first_head = static_cast<int>(rows.first) - first_query * a_.pack;
+  }
+
+  /// The keys of a tile, from what its first and last row see and what rows of its sequence do, if `any` of its rows
+  /// are computed. One lane does that.
+  __device__ void set_keys(TileWork& work, bool any, KeyRange first, KeyRange last, KeyRange of_sequence) const {
+    const KeyRange seen_by_all = any ? keys_of_every_row(first, last) : KeyRange{};
+    work.head_k = work.unit * a_.pack / problem().group();
     work.seen = any ? of_sequence : KeyRange{};
     work.seen_by_all = seen_by_all;
     work.blocks = blocks_of_keys(tiling(), any ? keys_of_some_row(first, last) : KeyRange{});

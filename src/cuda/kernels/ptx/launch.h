@@ -1,0 +1,20 @@
+// Kernels that overlap: each is launched while the one before it on the stream runs to its end (programmatic dependent
+// launch).
+#pragma once
+
+namespace mate::cuda::ptx {
+
+/// Waits until all that the stream's earlier kernels have written is there. Before this a kernel touches nothing but
+/// its arguments and shared memory.
+__device__ inline void await_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+/// Lets the stream's next kernel be launched, which awaits the end of this one.
+__device__ inline void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+/// How every kernel of the library begins, once it has done what needs no memory.
+__device__ inline void begin_overlapped() {
+  let_next_kernel_begin();
+  await_earlier_kernels();
+}
+
+}  // namespace mate::cuda::ptx
