@@ -13,7 +13,12 @@ struct IntVector {
   long long stride = 1;
 
   constexpr bool given() const { return data != nullptr; }
+#ifdef __CUDA_ARCH__
+  // Past the L1 cache: what lay there before the kernel's turn came is not to be found again.
+  __device__ int operator[](long long i) const { return __ldcg(data + i * stride); }
+#else
   constexpr int operator[](long long i) const { return data[i * stride]; }
+#endif
 };
 
 /// How the query rows of the batch are stored.

@@ -31,17 +31,13 @@ __device__ inline void combine(const CombineProblem& p) {
     const float* const lse_of_part = &p.partial_lse.at(b, head, row);
     const auto* const sums_of_part = static_cast<const float*>(p.partial.at(b, row, head));
     void* const out = p.out.at(b, row, head);
-    const float lse = merge_row(
+    const float lse = merge_row<float, false>(
         p.splits, -infinity(), p.head_dim_v,
         [&](int part) {
-          const float natural = lse_of_part[part * p.lse_split_stride];
-          const bool empty = natural == -infinity();
-          return PartialRow{empty ? nullptr : sums_of_part + part * p.partial_split_stride, natural * log2_of_e, 1};
+          return PartWeight{lse_of_part[part * p.lse_split_stride] * log2_of_e, 1};
         },
-        [&](int column, float first, float second) {
-          narrow(first, out, column, p.out.type);
-          if (column + 1 < p.head_dim_v) narrow(second, out, column + 1, p.out.type);
-        });
+        [&](int part) { return sums_of_part + part * p.partial_split_stride; },
+        [&](int column, const float(&sum)[1]) { narrow(sum[0], out, column, p.out.type); });
     if (p.lse.data != nullptr && threadIdx.x % 32 == 0) p.lse.at(b, head, row) = lse;
   }
 }

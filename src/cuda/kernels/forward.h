@@ -26,6 +26,7 @@
 
 #include "load.h"
 #include "merge.h"
+#include "ptx/global.h"
 #include "ptx/launch.h"
 #include "ptx/wgmma.h"
 #include "softmax.h"
@@ -150,25 +151,34 @@ __device__ void clear_tile(const ForwardArguments& a, const TileWork& work) {
 
 template <ForwardVariant variant, typename Scheduler>
 __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shared) {
-  Scheduler scheduler(a);
-  for (RingPlace<ForwardShared<variant>::work_stages> place;; place.advance()) {
-    if constexpr (!variant.splits) {
-      // Not more than one tile is taken ahead of its turn: others may have nothing to do by then.
-      shared.begun.wait(!place.is_odd());
+  // A share is found twice, first while earlier kernels run to their end, from lengths that they may yet change: then
+  // the code and the arguments are in the caches when it counts.
+  bool rehearses = variant.splits && ptx::known_only_here(1) != 0;
+  if constexpr (!variant.splits) ptx::await_earlier_kernels();
+  for (;;) {
+    Scheduler scheduler(a);
+    for (RingPlace<ForwardShared<variant>::work_stages> place;; place.advance()) {
+      if constexpr (!variant.splits) {
+        // Not more than one tile is taken ahead of its turn: others may have nothing to do by then.
+        shared.begun.wait(!place.is_odd());
+      }
+      shared.work.empty[place.stage()].wait(place.parity() ^ 1);
+      TileWork& work = shared.works[place.stage()];
+      bool found = false;
+      for (;;) {
+        found = scheduler.next(work);
+        __syncwarp();
+        if (rehearses || !found || work.blocks.size() > 0) break;
+        // Consumers hold on to a tile until they find the next, so those without keys must not be in their way.
+        clear_tile<variant>(a, work);
+        __syncwarp();
+      }
+      if (rehearses) break;
+      if (first_lane()) shared.work.full[place.stage()].arrive();
+      if (!found) return;
     }
-    shared.work.empty[place.stage()].wait(place.parity() ^ 1);
-    TileWork& work = shared.works[place.stage()];
-    bool found = false;
-    for (;;) {
-      found = scheduler.next(work);
-      __syncwarp();
-      if (!found || work.blocks.size() > 0) break;
-      // Consumers hold on to a tile until they find the next, so those without keys must not be in their way.
-      clear_tile<variant>(a, work);
-      __syncwarp();
-    }
-    if (first_lane()) shared.work.full[place.stage()].arrive();
-    if (!found) return;
+    ptx::await_earlier_kernels();
+    rehearses = false;
   }
 }
 
@@ -198,6 +208,7 @@ class ForwardLoader {
   }
 
   using Bits = unsigned short;
+  using Gather = GatherLoader<3>;
 
   /// Whether rows of block n that no row of the sequence sees are fetched all the same. Behind the tensor's last row
   /// the copy engine brings zeros.
@@ -209,43 +220,55 @@ class ForwardLoader {
     return first_key + variant.block_keys > work.seen.end && more_behind;
   }
 
-  /// Where the copy engine finds the keys of a block: all of them where they are not paged; else those of one box, for
-  /// each lane another one. A box that no row sees, or whose page there is not, lies outside the tensor: zeros.
-  struct Box {
-    int slot;
-    int row;
+  /// Where the keys of a block are: all of them where they are not paged; else, for each lane another one, those of a
+  /// box of the copy engine, or the single rows that the lane's warp gathers. What no row sees, or is in a page that
+  /// there is not, is nowhere: slot -1.
+  struct KeyPlaces {
+    static constexpr int count = variant.gather ? divide_up(Gather::template rows_of_warp<variant.block_keys>, 32) : 1;
+    int slot[count];
+    int row[count];
   };
 
   __device__ int boxes() const { return variant.block_keys / a_.box_keys; }
 
-  __device__ Box locate(const TileWork& work, int n) const {
+  __device__ KeyPlaces locate(const TileWork& work, int n) const {
     const KeyLayout& keys = a_.problem.keys;
     const int first_key = n * variant.block_keys;
-    if (!keys.paged()) return {work.place.cache_row, work.place.first_k + first_key};
-    const int key = first_key + static_cast<int>(threadIdx.x % 32) * a_.box_keys;
-    if (key >= work.seen.end || key + a_.box_keys <= work.seen.begin || n < work.blocks.begin) return {-1, 0};
-    const unsigned position = static_cast<unsigned>(work.place.first_k) + key;
-    const unsigned index = position / static_cast<unsigned>(keys.rows);
-    return {static_cast<int>(page_of(keys, work.place, index)), static_cast<int>(position - index * keys.rows)};
+    KeyPlaces places;
+#pragma unroll
+    for (int i = 0; i < KeyPlaces::count; ++i) {
+      places.slot[i] = keys.paged() ? -1 : work.place.cache_row;
+      places.row[i] = keys.paged() ? 0 : work.place.first_k + first_key;
+      if (!keys.paged() || n < work.blocks.begin) continue;
+      const int lane = threadIdx.x % 32;
+      const int span = variant.gather ? 1 : a_.box_keys;
+      const int key_of_block = variant.gather ? gather_.row_of_warp(lane + 32 * i) : lane * span;
+      const int key = first_key + key_of_block;
+      if (key_of_block >= variant.block_keys || key >= work.seen.end || key + span <= work.seen.begin) continue;
+      const unsigned position = static_cast<unsigned>(work.place.first_k) + key;
+      const unsigned index = position / static_cast<unsigned>(keys.rows);
+      const long long page = page_of(keys, work.place, index);
+      if (page < 0 || page >= keys.slots) continue;
+      places.slot[i] = static_cast<int>(page);
+      places.row[i] = static_cast<int>(position - index * keys.rows);
+    }
+    return places;
   }
 
   __device__ void load(const TileWork& work) {
     const int begin = work.blocks.begin;
     int n = work.blocks.end - 1;
-    Box box{};
-    Box next{};
-    if constexpr (!variant.gather) box = locate(work, n);
-    load_k(work, n, box);
+    KeyPlaces places = locate(work, n);
+    load_k(work, n, places);
     load_q(work);
-    if constexpr (!variant.gather) next = locate(work, n - 1);
+    KeyPlaces next = locate(work, n - 1);
 #pragma unroll 1
     for (;; --n) {
-      Box after{};  // pages are looked up a step ahead
-      if constexpr (!variant.gather) after = locate(work, n - 2);
+      const KeyPlaces after = locate(work, n - 2);  // pages are looked up a step ahead
       if (n > begin) load_k(work, n - 1, next);
-      load_v(work, n, box);
+      load_v(work, n, places);
       if (n == begin) break;
-      box = next;
+      places = next;
       next = after;
     }
   }
@@ -253,11 +276,11 @@ class ForwardLoader {
   /// Starts fetching a block of rows, which makes up `bytes`.
   template <int padded>
   __device__ void fetch(unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int bytes, int head,
-                        Box box) {
+                        const KeyPlaces& box) {
     if (!a_.problem.keys.paged()) {
       if (first_lane()) {
         barrier.arrive_expecting(bytes);
-        load_tile<variant.block_keys>(tile, padded, map, barrier, head, box.row, box.slot);
+        load_tile<variant.block_keys>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
       }
       return;
     }
@@ -265,8 +288,8 @@ class ForwardLoader {
     __syncwarp();
     const int lane = threadIdx.x % 32;
     if (lane < boxes()) {
-      load_tile<variant.block_keys>(tile + lane * a_.box_keys * chunk_row_bytes, padded, map, barrier, head, box.row,
-                                    box.slot);
+      load_tile<variant.block_keys>(tile + lane * a_.box_keys * chunk_row_bytes, padded, map, barrier, head, box.row[0],
+                                    box.slot[0]);
     }
   }
 
@@ -285,11 +308,12 @@ class ForwardLoader {
     unsigned char* const tile = shared_.q_tiles[q_.stage()].rows;
     ptx::Mbarrier& full = shared_.q.full[q_.stage()];
     if constexpr (variant.gather) {
-      gather_.template load<variant.tile_rows(), variant.head_dim>(tile, p.head_dim, full, [&](int row) -> const Bits* {
-        const RowPlace place = place_of(a_, work, row);
-        if (place.query >= work.used) return nullptr;
-        return row_of(p.q, slot, static_cast<long long>(work.place.first_q) + place.query, place.head);
-      });
+      gather_.template load<variant.tile_rows(), variant.head_dim>(
+          tile, p.head_dim, full, [&](int row, int) -> const Bits* {
+            const RowPlace place = place_of(a_, work, row);
+            if (place.query >= work.used) return nullptr;
+            return row_of(p.q, slot, static_cast<long long>(work.place.first_q) + place.query, place.head);
+          });
     } else if (first_lane()) {
       full.arrive_expecting(a_.tile_rows * chunks_of(variant.head_dim) * chunk_row_bytes);
       load_tile<variant.tile_rows()>(tile, variant.head_dim, a_.q, full, 0, work.place.first_q + work.first_query,
@@ -298,27 +322,27 @@ class ForwardLoader {
     q_.advance();
   }
 
-  __device__ void load_k(const TileWork& work, int n, Box box) {
+  __device__ void load_k(const TileWork& work, int n, const KeyPlaces& places) {
     await_empty(shared_.k.empty[k_.stage()], k_.parity());
     unsigned char* const tile = shared_.k_tiles[k_.stage()].rows;
     ptx::Mbarrier& full = shared_.k.full[k_.stage()];
     if constexpr (variant.gather) {
-      gather_block<variant.head_dim>(work, n, a_.problem.k, a_.problem.head_dim, tile, full);
+      gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
     } else {
-      fetch<variant.head_dim>(tile, a_.k, full, variant.k_bytes(), work.head_k, box);
+      fetch<variant.head_dim>(tile, a_.k, full, variant.k_bytes(), work.head_k, places);
     }
     k_.advance();
   }
 
-  __device__ void load_v(const TileWork& work, int n, Box box) {
+  __device__ void load_v(const TileWork& work, int n, const KeyPlaces& places) {
     await_empty(shared_.v.empty[v_.stage()], v_.parity());
     unsigned char* const tile = shared_.v_tiles[v_.stage()].rows;
     ptx::Mbarrier& full = shared_.v.full[v_.stage()];
     if constexpr (variant.gather) {
-      gather_block<variant.head_dim_v>(work, n, a_.problem.v, a_.problem.head_dim_v, tile, full);
+      gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile, full);
     } else {
       const bool clears = fetches_unseen(work, n);
-      fetch<variant.head_dim_v>(tile, a_.v, clears ? shared_.v_fetched : full, variant.v_bytes(), work.head_k, box);
+      fetch<variant.head_dim_v>(tile, a_.v, clears ? shared_.v_fetched : full, variant.v_bytes(), work.head_k, places);
       if (clears) clear_unseen(work, n, tile, full);
     }
     v_.advance();
@@ -339,22 +363,21 @@ class ForwardLoader {
   }
 
   template <int padded>
-  __device__ void gather_block(const TileWork& work, int n, const Rows& rows, int head_dim, unsigned char* tile,
-                               ptx::Mbarrier& full) {
+  __device__ void gather_block(const TileWork& work, int n, const KeyPlaces& places, const Rows& rows, int head_dim,
+                               unsigned char* tile, ptx::Mbarrier& full) {
     const int first_key = n * variant.block_keys;
     const int begin = work.seen.begin - first_key;
     const int end = work.seen.end - first_key;
-    const KeyLayout& keys = a_.problem.keys;
-    const long long first_row = work.place.first_k + static_cast<long long>(first_key);
-    const Bits* const first = keys.paged() ? nullptr : row_of(rows, work.place.cache_row, first_row, work.head_k);
-    gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int row) -> const Bits* {
-      if (row < begin || row >= end) return nullptr;
-      if (!keys.paged()) return first + row * rows.row_stride;
-      const auto position = static_cast<unsigned>(first_row) + row;
-      const unsigned index = position / static_cast<unsigned>(keys.rows);
-      const long long page = page_of(keys, work.place, index);
-      if (page < 0 || page >= keys.slots) return nullptr;
-      return row_of(rows, page, position - index * keys.rows, work.head_k);
+    const bool paged = a_.problem.keys.paged();
+    const Bits* const first = row_of(rows, paged ? 0 : places.slot[0], paged ? 0 : places.row[0], work.head_k);
+    gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int row, int row_of_warp) {
+      if (!paged) return row >= begin && row < end ? first + row * rows.row_stride : nullptr;
+      const auto of_row = [&](const int(&of_lane)[KeyPlaces::count]) {
+        return __shfl_sync(~0U, row_of_warp < 32 ? of_lane[0] : of_lane[KeyPlaces::count - 1], row_of_warp % 32);
+      };
+      const int slot = of_row(places.slot);
+      const int row_of_page = of_row(places.row);
+      return slot < 0 ? nullptr : first + slot * rows.slot_stride + row_of_page * rows.row_stride;
     });
   }
 
@@ -365,7 +388,7 @@ class ForwardLoader {
 
   const ForwardArguments& a_;
   ForwardShared<variant>& shared_;
-  GatherLoader<3> gather_;
+  Gather gather_;
   RingPlace<ForwardShared<variant>::work_stages> work_;
   RingPlace<variant.q_stages> q_;
   RingPlace<variant.stages> k_, v_;
@@ -647,16 +670,14 @@ class ForwardConsumer {
 
   /// Tells that this warpgroup's part is done. Whether it was the last of its rows.
   __device__ bool is_last_part(const TileWork& work) {
-    __threadfence();
     await_warpgroup();
     if (threadIdx.x % 128 == 0) {
       int* const done = a_.counters + work.part.counter * variant.warpgroups + group_;
-      const bool last = atomicAdd(done, 1) == work.part.count - 1;
+      const bool last = ptx::add_and_synchronize(done, 1) == work.part.count - 1;
       if (last) *done = 0;
       shared_.merges[group_] = last;
     }
     await_warpgroup();
-    __threadfence();
     return shared_.merges[group_];
   }
 
@@ -674,17 +695,24 @@ class ForwardConsumer {
         continue;
       }
       auto* const out = static_cast<unsigned short*>(p.out.at(slot, out_row, place.head));
-      const float lse = merge_row(
+      const float lse = merge_row<float4, true>(
           work.part.count, sink_of(p, place.head), p.head_dim_v,
           [&](int part) {
-            const long long at = partial_row(work, part, row);
-            const float2 weight = __ldcg(reinterpret_cast<const float2*>(a_.parts.weights) + at);
-            return PartialRow{a_.parts.sums + at * variant.head_dim_v, weight.x, weight.y};
+            const auto* const weights = reinterpret_cast<const float2*>(a_.parts.weights);
+            const float2 weight = __ldcg(weights + partial_row(work, part, row));
+            return PartWeight{weight.x, weight.y};
           },
-          [&](int column, float first, float second) {
-            const unsigned both = pack<variant.element>(first, second);
-            out[column] = static_cast<unsigned short>(both);
-            if (column + 1 < p.head_dim_v) out[column + 1] = static_cast<unsigned short>(both >> 16);
+          [&](int part) { return a_.parts.sums + partial_row(work, part, row) * variant.head_dim_v; },
+          [&](int column, const float(&sums)[4]) {
+            const unsigned words[2] = {pack<variant.element>(sums[0], sums[1]),
+                                       pack<variant.element>(sums[2], sums[3])};
+            if (a_.wide_rows) {
+              *reinterpret_cast<uint2*>(out + column) = make_uint2(words[0], words[1]);
+              return;
+            }
+            for (int i = 0; i < 4 && column + i < p.head_dim_v; ++i) {
+              out[column + i] = static_cast<unsigned short>(words[i / 2] >> i % 2 * 16);
+            }
           });
       if (p.lse.data != nullptr && first_lane()) p.lse.at(slot, place.head, out_row) = lse;
     }
@@ -748,7 +776,7 @@ __device__ void forward(const ForwardArguments& a) {
     }
     shared.init();
   }
-  ptx::begin_overlapped();
+  ptx::let_next_kernel_begin();
   __syncthreads();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
@@ -759,11 +787,13 @@ __device__ void forward(const ForwardArguments& a) {
       } else {
         schedule<variant, TileScheduler<variant>>(a, shared);
       }
-    } else if (variant.gather || threadIdx.x < 64) {
-      ForwardLoader<variant>(a, shared).run();
+    } else {
+      ptx::await_earlier_kernels();
+      if (variant.gather || threadIdx.x < 64) ForwardLoader<variant>(a, shared).run();
     }
   } else {
     if constexpr (variant.moves_registers()) ptx::take_registers<variant.consumer_registers()>();
+    ptx::await_earlier_kernels();
     ForwardConsumer<variant>(a, shared, warpgroup - 1).run();
   }
   clear_rows_outside<variant>(a);

@@ -43,13 +43,21 @@ __device__ inline void clear_rows(unsigned char* tile, int head_dim, int begin, 
 /// tile is asked for; a tile's barrier is told when that has happened, or by flush().
 template <int warps>
 class GatherLoader {
+  /// A warp takes groups of rows in turns.
+  static constexpr int group = 8;
+
  public:
   /// Rows are copied in pieces of `copy_bytes`; `somewhere` is any global memory: a copy of zeros needs an address too.
   __device__ GatherLoader(int thread, int copy_bytes, const void* somewhere)
       : warp_(thread / 32), lane_(thread % 32), copy_bytes_(copy_bytes), somewhere_(somewhere) {}
 
-  /// row_of(r) is where row r of the tile begins, or null for a row of zeros. Elements past `head_dim` become zeros, up
-  /// to `padded`.
+  /// Rows of a tile of so many that each warp takes, at most, and which row of the tile the i-th of them is.
+  template <int rows>
+  static constexpr int rows_of_warp = (rows + warps * group - 1) / (warps * group) * group;
+  __device__ int row_of_warp(int i) const { return (i / group * warps + warp_) * group + i % group; }
+
+  /// row_of(r, i) is where row r of the tile begins, the i-th of this warp, or null for a row of zeros: all lanes of a
+  /// warp ask at once. Elements past `head_dim` become zeros, up to `padded`.
   template <int rows, int padded, typename RowOf>
   __device__ void load(unsigned char* tile, int head_dim, ptx::Mbarrier& barrier, const RowOf& row_of) {
     switch (copy_bytes_) {
@@ -84,14 +92,13 @@ class GatherLoader {
     pending_->arrive();
   }
 
-  /// A warp takes groups of rows in turns. Its lanes share a row, or several where rows are short; a few copies are
-  /// made without a loop, so that the address of one is found while others are.
+  /// The lanes of a warp share a row, or several where rows are short; a few copies are made without a loop, so that
+  /// the address of one is found while others are.
   template <int rows, int padded, int bytes, typename RowOf>
   __device__ void copy(unsigned char* tile, int head_dim, const RowOf& row_of) const {
     constexpr int elements = bytes / 2;
     constexpr int pieces = padded / elements;
-    constexpr int rows_at_once = pieces <= 2 ? 16 : pieces <= 4 ? 8 : pieces <= 8 ? 4 : pieces <= 16 ? 2 : 1;
-    constexpr int group = rows_at_once < 8 ? 8 : rows_at_once;
+    constexpr int rows_at_once = pieces <= 4 ? group : pieces <= 8 ? 4 : pieces <= 16 ? 2 : 1;
     constexpr int copies_of_row = pieces < 32 ? 1 : pieces / 32;
     constexpr int rows_unrolled = copies_of_row < 4 ? 4 / copies_of_row : 1;
     // What follows from it would otherwise be kept in registers from tile to tile, for each size of copies.
@@ -99,11 +106,11 @@ class GatherLoader {
     constexpr int lanes_of_row = 32 / rows_at_once;
     const int row_of_lane = lane / lanes_of_row;
 #pragma unroll 1
-    for (int first_row = warp_ * group; first_row < rows; first_row += warps * group) {
+    for (int i = 0; row_of_warp(i) < rows; i += group) {
 #pragma unroll(rows_unrolled)
       for (int step = 0; step < group; step += rows_at_once) {
-        const int row = first_row + step + row_of_lane;
-        const unsigned short* source = row_of(row);
+        const int row = row_of_warp(i) + step + row_of_lane;
+        const unsigned short* source = row_of(row, i + step + row_of_lane);
 #pragma unroll
         for (int first = 0; first < pieces; first += lanes_of_row) {
           const int column = (first + lane % lanes_of_row) * elements;

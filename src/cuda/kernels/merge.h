@@ -5,11 +5,10 @@
 
 namespace mate::cuda {
 
-/// sums[i] = sum_j 2**(score_j - max) * v[j][i] over some keys, and sum likewise without v. A part without sums is left
-/// out.
-struct PartialRow {
-  const float* sums;
-  float max;
+/// What a part knows of its weights: sums[i] = sum_j 2**(score_j - max) * v[j][i] over some keys, and sum likewise
+/// without v.
+struct PartWeight {
+  float max;  ///< -inf: the part has no keys, and its sums are not read
   float sum;
 };
 
@@ -23,47 +22,72 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-/// A warp merges `parts` parts, which part_of(j) gives, of a row of `width` sums, in their order, and hands columns to
-/// store(column, first, second): those at `column`, which is even, and the one after it. Returns the log-sum-exp.
-/// `sink` is a natural logarithm, -inf where there is none.
-template <typename PartOf, typename Store>
-__device__ inline float merge_row(int parts, float sink, int width, const PartOf& part_of, const Store& store) {
+/// A warp merges `parts` parts of a row of `width` sums, in their order, and hands columns to store(column, sums), as
+/// many as `Columns` has: float, or float4 where rows are aligned to it and have room for a multiple of it.
+/// weight_of(j) is a PartWeight, and sums_of(j) points to the sums. Where all of them are `written` they are asked for
+/// at once, weights or not: much of what a short call takes is waiting for them. Returns the log-sum-exp. `sink` is a
+/// natural logarithm, -inf where there is none.
+template <typename Columns, bool written, typename WeightOf, typename SumsOf, typename Store>
+__device__ inline float merge_row(int parts, float sink, int width, const WeightOf& weight_of, const SumsOf& sums_of,
+                                  const Store& store) {
+  constexpr int at_once = 8;
+  constexpr int columns = sizeof(Columns) / sizeof(float);
+  const PartWeight nothing{-infinity(), 0};
   const int lane = threadIdx.x % 32;
-  float max = -infinity();
-  for (int j = lane; j < parts; j += 32) {
-    const PartialRow part = part_of(j);
-    if (part.sums != nullptr) max = fmaxf(max, part.max);
-  }
+  Columns loaded[at_once];
+  PartWeight mine = nothing;
+  const auto load = [&](int first_part, int column) {
+#pragma unroll
+    for (int j = 0; j < at_once; ++j) {
+      const int part = first_part + j;
+      const bool needed = written || __shfl_sync(~0U, mine.max, part % 32) != -infinity();
+      loaded[j] = {};
+      if (part < parts && column < width && needed) {
+        loaded[j] = __ldcg(reinterpret_cast<const Columns*>(sums_of(part) + column));
+      }
+    }
+  };
+
+  if constexpr (written) load(0, lane * columns);
+  if (lane < parts) mine = weight_of(lane);
+  float max = mine.max;
+#pragma unroll 1
+  for (int j = lane + 32; j < parts; j += 32) max = fmaxf(max, weight_of(j).max);
   max = warp_max(max);
   const float base = max == -infinity() ? 0 : max;
-  float sum = 0;
-  for (int j = lane; j < parts; j += 32) {
-    const PartialRow part = part_of(j);
-    if (part.sums != nullptr) sum += part.sum * exp2_approximately(part.max - base);
+  float sum = mine.sum * exp2_approximately(mine.max - base);
+#pragma unroll 1
+  for (int j = lane + 32; j < parts; j += 32) {
+    const PartWeight weight = weight_of(j);
+    sum += weight.sum * exp2_approximately(weight.max - base);
   }
   float share;
   const float lse = finish_softmax(base, warp_sum(sum), sink, share);
 
-  for (int first_column = 0; first_column < width; first_column += 64) {
-    const int column = first_column + 2 * lane;
-    float first = 0;
-    float second = 0;
-    for (int first_part = 0; first_part < parts; first_part += 32) {
-      const int here = parts - first_part < 32 ? parts - first_part : 32;
-      PartialRow mine{};
-      if (lane < here) mine = part_of(first_part + lane);
-      const float factor = mine.sums == nullptr ? 0 : exp2_approximately(mine.max - base) * share;
-      const auto sums = reinterpret_cast<unsigned long long>(mine.sums);
-#pragma unroll 4
-      for (int j = 0; j < here; ++j) {
-        const float factor_of_part = __shfl_sync(~0U, factor, j);
-        const auto* const row = reinterpret_cast<const float*>(__shfl_sync(~0U, sums, j));
-        if (row == nullptr || share == 0) continue;
-        if (column < width) first = fmaf(factor_of_part, __ldcg(row + column), first);
-        if (column + 1 < width) second = fmaf(factor_of_part, __ldcg(row + column + 1), second);
+#pragma unroll 1
+  for (int column = lane * columns; column - lane * columns < width; column += 32 * columns) {
+    float total[columns] = {};
+    float factor = 0;
+#pragma unroll 1
+    for (int first_part = 0; first_part < parts; first_part += at_once) {
+      if (first_part % 32 == 0) {
+        if (parts > 32) mine = first_part + lane < parts ? weight_of(first_part + lane) : nothing;
+        factor = exp2_approximately(mine.max - base) * share;
+      }
+      if (!written || first_part > 0 || column >= 32 * columns) load(first_part, column);
+#pragma unroll
+      for (int j = 0; j < at_once; ++j) {
+        const float factor_of_part = __shfl_sync(~0U, factor, (first_part + j) % 32);
+        const auto* const values = reinterpret_cast<const float*>(&loaded[j]);
+#pragma unroll
+        for (int i = 0; i < columns; ++i) total[i] = fmaf(factor_of_part, values[i], total[i]);
       }
     }
-    if (column < width) store(column, first, second);
+    if (share == 0) {
+#pragma unroll
+      for (float& sum_of_column : total) sum_of_column = 0;
+    }
+    if (column < width) store(column, total);
   }
   return lse;
 }
