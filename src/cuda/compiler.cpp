@@ -27,9 +27,11 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::array options = {
-    "--gpu-architecture=sm_90a", "--std=c++20",
+    "--gpu-architecture=sm_90a",
+    "--std=c++20",
     "--device-as-default-execution-space",  // headers that the host shares do not speak of devices
-    "--ptxas-options=-v",                   // the log tells of registers and spills
+    "--fmad=false",        // products and sums are fused where the code says so, or bits would depend on the variant
+    "--ptxas-options=-v",  // the log tells of registers and spills
 };
 
 struct CudaVersion {

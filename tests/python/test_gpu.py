@@ -427,7 +427,7 @@ def test_mate_check_names_what_is_wrong(
     ("name", "values"),
     [
         ("cache_seqlens", (400, 64, -1, 0)),
-        ("cache_seqlens", (400, 64, 510, 0)),
+        ("cache_seqlens", (400, 64, 513, 0)),
         ("cache_leftpad", (0, 65, 0, 0)),
         ("page_table", None),
     ],

@@ -252,7 +252,7 @@ def test_names_of_the_page_table(mate: ModuleType, device: str, function: str) -
     def has_pages(call: Call) -> bool:
         return call.normalised.page_table is not None
 
-    for call in draw_some(5, 11, has_pages, device=device, functions=(function,), append=False, kinds=None):
+    for call in draw_some(5, 11, has_pages, device=device, functions=(function,), append=False):
         call.arguments.pop("out", None)
         table = call.arguments.pop("page_table", None)
         table = call.arguments.pop("block_table", table)

@@ -221,8 +221,8 @@ class ForwardLoader {
   }
 
   /// Where the keys of a block are: all of them where they are not paged; else, for each lane another one, those of a
-  /// box of the copy engine, or the single rows that the lane's warp gathers. What no row sees, or is in a page that
-  /// there is not, is nowhere: slot -1.
+  /// box of the copy engine, or the single rows that the lane's warp gathers. What no row sees is nowhere:
+  /// slot -1. Neither it nor what is in a page that there is not is fetched: zeros are.
   struct KeyPlaces {
     static constexpr int count = variant.gather ? divide_up(Gather::template rows_of_warp<variant.block_keys>, 32) : 1;
     int slot[count];
@@ -247,9 +247,8 @@ class ForwardLoader {
       if (key_of_block >= variant.block_keys || key >= work.seen.end || key + span <= work.seen.begin) continue;
       const unsigned position = static_cast<unsigned>(work.place.first_k) + key;
       const unsigned index = position / static_cast<unsigned>(keys.rows);
-      const long long page = page_of(keys, work.place, index);
-      if (page < 0 || page >= keys.slots) continue;
-      places.slot[i] = static_cast<int>(page);
+      // It is not looked at before it is used, or its loading would be waited for here.
+      places.slot[i] = static_cast<int>(page_of(keys, work.place, index));
       places.row[i] = static_cast<int>(position - index * keys.rows);
     }
     return places;
@@ -377,7 +376,9 @@ class ForwardLoader {
       };
       const int slot = of_row(places.slot);
       const int row_of_page = of_row(places.row);
-      return slot < 0 ? nullptr : first + slot * rows.slot_stride + row_of_page * rows.row_stride;
+      return slot < 0 || slot >= a_.problem.keys.slots
+                 ? nullptr
+                 : first + slot * rows.slot_stride + row_of_page * rows.row_stride;
     });
   }
 

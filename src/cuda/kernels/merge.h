@@ -30,7 +30,7 @@ __device__ inline float warp_sum(float x) {
 template <typename Columns, bool written, typename WeightOf, typename SumsOf, typename Store>
 __device__ inline float merge_row(int parts, float sink, int width, const WeightOf& weight_of, const SumsOf& sums_of,
                                   const Store& store) {
-  constexpr int at_once = 8;
+  constexpr int at_once = 16;
   constexpr int columns = sizeof(Columns) / sizeof(float);
   const PartWeight nothing{-infinity(), 0};
   const int lane = threadIdx.x % 32;

@@ -32,8 +32,10 @@ __device__ inline float reciprocal_approximately(float x) {
 /// tanh, to about 1e-7 of itself near 0 and of 1 elsewhere: tanh.approx is not exact enough for scores.
 __device__ inline float tanh_accurately(float x) {
   const float square = x * x;
-  const float near_zero =
-      x + x * square * (-0.33333333F + square * (0.13333333F + square * (-0.053968254F + square * 0.021869488F)));
+  float series = fmaf(square, 0.021869488F, -0.053968254F);
+  series = fmaf(square, series, 0.13333333F);
+  series = fmaf(square, series, -0.33333333F);
+  const float near_zero = fmaf(x * square, series, x);
   const float elsewhere = 1 - __fdividef(2, 1 + exp2_approximately(2 * log2_of_e * x));
   // __fdividef of something infinite is NaN from 2^126 on; tanh is 1 long before.
   return fabsf(x) < 0.25F ? near_zero : fabsf(x) > 15 ? copysignf(1, x) : x != x ? x : elsewhere;
