@@ -23,382 +23,15 @@
 // started its own, so that they stay a step apart, and one makes weights while another multiplies. Registers move from
 // the producers to the consumers (setmaxnreg): a consumer holds its 64 rows of scores, weights and sums in them.
 #pragma once
-
-#include "load.h"
-#include "merge.h"
-#include "ptx/global.h"
+#include "forward_loader.h"
 #include "ptx/launch.h"
 #include "ptx/wgmma.h"
-#include "softmax.h"
+#include "results.h"
+#include "schedule.h"
 #include "split_scheduler.h"
-#include "store.h"
 #include "tile_scheduler.h"
 
 namespace mate::cuda {
-
-/// The barriers of a ring of buffers that a producer fills and consumers empty.
-template <int stages>
-struct RingBarriers {
-  ptx::Mbarrier full[stages], empty[stages];
-
-  __device__ void init(int producers, int consumers) {
-    for (int i = 0; i < stages; ++i) {
-      full[i].init(producers);
-      empty[i].init(consumers);
-    }
-  }
-};
-
-/// A place in a ring, and the parity of the round. The producer waits for the other parity: all is empty at first.
-template <int stages>
-class RingPlace {
- public:
-  __device__ int stage() const { return static_cast<int>(count_ % stages); }
-  __device__ unsigned parity() const { return count_ / stages % 2; }
-  __device__ bool is_odd() const { return count_ % 2 != 0; }
-  __device__ void advance() { ++count_; }
-  __device__ RingPlace before(int count) const { return RingPlace(count_ - count); }
-
-  RingPlace() = default;
-
- private:
-  __device__ explicit RingPlace(unsigned count) : count_(count) {}
-
-  unsigned count_ = 0;
-};
-
-template <int bytes>
-struct alignas(1024) TileBuffer {
-  unsigned char rows[bytes];
-};
-
-template <ForwardVariant variant>
-struct ForwardShared {
-  static constexpr int work_stages = 4;
-  static constexpr int loader_warps = variant.gather ? 3 : 1;
-
-  TileBuffer<variant.q_bytes()> q_tiles[variant.q_stages];
-  TileBuffer<variant.k_bytes()> k_tiles[variant.stages];
-  TileBuffer<variant.v_bytes()> v_tiles[variant.stages];
-  TileWork works[work_stages];
-  KeyRange visible[variant.tile_rows()];  ///< to each row of the consumers' tiles, where some of their keys are hidden
-  int merges[variant.warpgroups];         ///< whether the parts of a consumer's rows are all done
-  RingBarriers<variant.q_stages> q;
-  RingBarriers<variant.stages> k, v;
-  RingBarriers<work_stages> work;
-  ptx::Mbarrier begun;      ///< a tile: the next may be taken
-  ptx::Mbarrier v_fetched;  ///< of a block of values that the loader changes before consumers may have it
-
-  __device__ void init() {
-    constexpr int producers = variant.gather ? loader_warps * 32 : 1;
-    constexpr int consumer_warps = 4 * variant.warpgroups;
-    q.init(producers, consumer_warps);
-    k.init(producers, consumer_warps);
-    v.init(producers, consumer_warps);
-    work.init(1, 32 * (loader_warps + consumer_warps));
-    begun.init(1);
-    v_fetched.init(1);
-    ptx::fence_mbarrier_init();
-  }
-};
-
-/// A warp writes a row of out that is 0, and its log-sum-exp.
-__device__ inline void clear_row(const Problem& p, int slot, long long row, int head, float lse) {
-  const int lane = threadIdx.x % 32;
-  auto* const elements = static_cast<unsigned short*>(p.out.at(slot, row, head));
-#pragma unroll 1
-  for (int column = lane; column < p.head_dim_v; column += 32) elements[column] = 0;
-  if (p.lse.data != nullptr && lane == 0) p.lse.at(slot, head, row) = lse;
-}
-
-__device__ inline bool first_lane() { return threadIdx.x % 32 == 0; }
-
-/// Each warp that has done with a buffer says so.
-__device__ inline void release(ptx::Mbarrier& empty) {
-  if (first_lane()) empty.arrive();
-}
-
-/// Which query a row of a tile belongs to, and which head.
-struct RowPlace {
-  int query;  ///< beyond all others, where the tile ends before
-  int head;
-};
-__device__ inline RowPlace place_of(const ForwardArguments& a, const TileWork& work, int row) {
-  const int packed = work.first_head + row;
-  // Rounded down that is packed / pack: half a row is far more than what is lost in rounding.
-  const int query = static_cast<int>((packed + 0.5F) * a.heads_reciprocal);
-  return {row < a.tile_rows ? work.first_query + query : max_length, work.unit * a.pack + packed - query * a.pack};
-}
-
-/// The sink of a query head, -inf where there is none.
-__device__ inline float sink_of(const Problem& p, int head) {
-  return p.sink.given() ? widen(p.sink.at(head), p.sink.type) : -infinity();
-}
-
-/// A warp clears a tile whose rows see no keys, or are not to be computed.
-template <ForwardVariant variant>
-__device__ void clear_tile(const ForwardArguments& a, const TileWork& work) {
-  const Problem& p = a.problem;
-#pragma unroll 1
-  for (int row = 0; row < a.tile_rows; ++row) {
-    ptx::forget_shared_memory();
-    const RowPlace place = place_of(a, work, row);
-    if (place.query >= work.capacity) return;
-    clear_row(p, p.query_slot(work.sequence), static_cast<long long>(work.place.first_q) + place.query, place.head,
-              place.query < work.used ? sink_of(p, place.head) : -infinity());
-  }
-}
-
-template <ForwardVariant variant, typename Scheduler>
-__device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shared) {
-  // A share is found twice, first while earlier kernels run to their end, from lengths that they may yet change: then
-  // the code and the arguments are in the caches when it counts.
-  bool rehearses = variant.splits && ptx::known_only_here(1) != 0;
-  if constexpr (!variant.splits) ptx::await_earlier_kernels();
-  for (;;) {
-    Scheduler scheduler(a);
-    for (RingPlace<ForwardShared<variant>::work_stages> place;; place.advance()) {
-      if constexpr (!variant.splits) {
-        // Not more than one tile is taken ahead of its turn: others may have nothing to do by then.
-        shared.begun.wait(!place.is_odd());
-      }
-      shared.work.empty[place.stage()].wait(place.parity() ^ 1);
-      TileWork& work = shared.works[place.stage()];
-      bool found = false;
-      for (;;) {
-        found = scheduler.next(work);
-        __syncwarp();
-        if (rehearses || !found || work.blocks.size() > 0) break;
-        // Consumers hold on to a tile until they find the next, so those without keys must not be in their way.
-        clear_tile<variant>(a, work);
-        __syncwarp();
-      }
-      if (rehearses) break;
-      if (first_lane()) shared.work.full[place.stage()].arrive();
-      if (!found) return;
-    }
-    ptx::await_earlier_kernels();
-    rehearses = false;
-  }
-}
-
-template <ForwardVariant variant>
-class ForwardLoader {
- public:
-  __device__ ForwardLoader(const ForwardArguments& arguments, ForwardShared<variant>& shared)
-      : a_(arguments), shared_(shared), gather_(threadIdx.x - 32, arguments.copy_bytes, arguments.counters) {}
-
-  __device__ void run() {
-    for (;; work_.advance()) {
-      shared_.work.full[work_.stage()].wait(work_.parity());
-      const TileWork& work = shared_.works[work_.stage()];
-      if (work.sequence < 0) break;
-      load(work);
-      shared_.work.empty[work_.stage()].arrive();
-    }
-    if constexpr (variant.gather) gather_.flush();
-    announce_no_more();
-  }
-
- private:
-  /// Consumers that are done with a block wait for the keys of the next, be there one or not.
-  __device__ void announce_no_more() {
-    shared_.k.empty[k_.stage()].wait(k_.parity() ^ 1);
-    if (variant.gather || first_lane()) shared_.k.full[k_.stage()].arrive();
-  }
-
-  using Bits = unsigned short;
-  using Gather = GatherLoader<3>;
-
-  /// Whether rows of block n that no row of the sequence sees are fetched all the same. Behind the tensor's last row
-  /// the copy engine brings zeros.
-  __device__ bool fetches_unseen(const TileWork& work, int n) const {
-    const int first_key = n * variant.block_keys;
-    if (first_key < work.seen.begin) return true;
-    const KeyLayout& keys = a_.problem.keys;
-    const bool more_behind = keys.paged() || work.place.first_k + static_cast<long long>(work.seen.end) < keys.rows;
-    return first_key + variant.block_keys > work.seen.end && more_behind;
-  }
-
-  /// Where the keys of a block are: all of them where they are not paged; else, for each lane another one, those of a
-  /// box of the copy engine, or the single rows that the lane's warp gathers. What no row sees is nowhere:
-  /// slot -1. Neither it nor what is in a page that there is not is fetched: zeros are.
-  struct KeyPlaces {
-    static constexpr int count = variant.gather ? divide_up(Gather::template rows_of_warp<variant.block_keys>, 32) : 1;
-    int slot[count];
-    int row[count];
-  };
-
-  __device__ int boxes() const { return variant.block_keys / a_.box_keys; }
-
-  __device__ KeyPlaces locate(const TileWork& work, int n) const {
-    const KeyLayout& keys = a_.problem.keys;
-    const int first_key = n * variant.block_keys;
-    KeyPlaces places;
-#pragma unroll
-    for (int i = 0; i < KeyPlaces::count; ++i) {
-      places.slot[i] = keys.paged() ? -1 : work.place.cache_row;
-      places.row[i] = keys.paged() ? 0 : work.place.first_k + first_key;
-      if (!keys.paged() || n < work.blocks.begin) continue;
-      const int lane = threadIdx.x % 32;
-      const int span = variant.gather ? 1 : a_.box_keys;
-      const int key_of_block = variant.gather ? gather_.row_of_warp(lane + 32 * i) : lane * span;
-      const int key = first_key + key_of_block;
-      if (key_of_block >= variant.block_keys || key >= work.seen.end || key + span <= work.seen.begin) continue;
-      const unsigned position = static_cast<unsigned>(work.place.first_k) + key;
-      const unsigned index = position / static_cast<unsigned>(keys.rows);
-      // It is not looked at before it is used, or its loading would be waited for here.
-      places.slot[i] = static_cast<int>(page_of(keys, work.place, index));
-      places.row[i] = static_cast<int>(position - index * keys.rows);
-    }
-    return places;
-  }
-
-  __device__ void load(const TileWork& work) {
-    const int begin = work.blocks.begin;
-    int n = work.blocks.end - 1;
-    KeyPlaces places = locate(work, n);
-    load_k(work, n, places);
-    load_q(work);
-    KeyPlaces next = locate(work, n - 1);
-#pragma unroll 1
-    for (;; --n) {
-      const KeyPlaces after = locate(work, n - 2);  // pages are looked up a step ahead
-      if (n > begin) load_k(work, n - 1, next);
-      load_v(work, n, places);
-      if (n == begin) break;
-      places = next;
-      next = after;
-    }
-  }
-
-  /// Starts fetching a block of rows, which makes up `bytes`.
-  template <int padded>
-  __device__ void fetch(unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int bytes, int head,
-                        const KeyPlaces& box) {
-    if (!a_.problem.keys.paged()) {
-      if (first_lane()) {
-        barrier.arrive_expecting(bytes);
-        load_tile<variant.block_keys>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
-      }
-      return;
-    }
-    if (first_lane()) barrier.arrive_expecting(bytes);
-    __syncwarp();
-    const int lane = threadIdx.x % 32;
-    if (lane < boxes()) {
-      load_tile<variant.block_keys>(tile + lane * a_.box_keys * chunk_row_bytes, padded, map, barrier, head, box.row[0],
-                                    box.slot[0]);
-    }
-  }
-
-  __device__ void await_empty(ptx::Mbarrier& empty, unsigned parity) {
-    // What is still on its way may be all that consumers wait for before they release a buffer.
-    if constexpr (variant.gather) {
-      if (!empty.is_complete(parity ^ 1)) gather_.flush();
-    }
-    empty.wait(parity ^ 1);
-  }
-
-  __device__ void load_q(const TileWork& work) {
-    await_empty(shared_.q.empty[q_.stage()], q_.parity());
-    const Problem& p = a_.problem;
-    const int slot = p.query_slot(work.sequence);
-    unsigned char* const tile = shared_.q_tiles[q_.stage()].rows;
-    ptx::Mbarrier& full = shared_.q.full[q_.stage()];
-    if constexpr (variant.gather) {
-      gather_.template load<variant.tile_rows(), variant.head_dim>(
-          tile, p.head_dim, full, [&](int row, int) -> const Bits* {
-            const RowPlace place = place_of(a_, work, row);
-            if (place.query >= work.used) return nullptr;
-            return row_of(p.q, slot, static_cast<long long>(work.place.first_q) + place.query, place.head);
-          });
-    } else if (first_lane()) {
-      full.arrive_expecting(a_.tile_rows * chunks_of(variant.head_dim) * chunk_row_bytes);
-      load_tile<variant.tile_rows()>(tile, variant.head_dim, a_.q, full, 0, work.place.first_q + work.first_query,
-                                     work.unit, slot);
-    }
-    q_.advance();
-  }
-
-  __device__ void load_k(const TileWork& work, int n, const KeyPlaces& places) {
-    await_empty(shared_.k.empty[k_.stage()], k_.parity());
-    unsigned char* const tile = shared_.k_tiles[k_.stage()].rows;
-    ptx::Mbarrier& full = shared_.k.full[k_.stage()];
-    if constexpr (variant.gather) {
-      gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
-    } else {
-      fetch<variant.head_dim>(tile, a_.k, full, variant.k_bytes(), work.head_k, places);
-    }
-    k_.advance();
-  }
-
-  __device__ void load_v(const TileWork& work, int n, const KeyPlaces& places) {
-    await_empty(shared_.v.empty[v_.stage()], v_.parity());
-    unsigned char* const tile = shared_.v_tiles[v_.stage()].rows;
-    ptx::Mbarrier& full = shared_.v.full[v_.stage()];
-    if constexpr (variant.gather) {
-      gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile, full);
-    } else {
-      const bool clears = fetches_unseen(work, n);
-      fetch<variant.head_dim_v>(tile, a_.v, clears ? shared_.v_fetched : full, variant.v_bytes(), work.head_k, places);
-      if (clears) clear_unseen(work, n, tile, full);
-    }
-    v_.advance();
-  }
-
-  /// Values that no row of the sequence sees must not meet weights of 0, since they may be NaN.
-  __device__ void clear_unseen(const TileWork& work, int n, unsigned char* tile, ptx::Mbarrier& full) {
-    shared_.v_fetched.wait(v_fetched_parity_);
-    v_fetched_parity_ ^= 1;
-    const int first_key = n * variant.block_keys;
-    const int begin = clamp(work.seen.begin - first_key, 0, variant.block_keys);
-    const int end = clamp(work.seen.end - first_key, 0, variant.block_keys);
-    clear_rows<variant.block_keys>(tile, variant.head_dim_v, 0, begin);
-    clear_rows<variant.block_keys>(tile, variant.head_dim_v, end, variant.block_keys);
-    ptx::fence_proxy_async();
-    __syncwarp();
-    if (first_lane()) full.arrive();
-  }
-
-  template <int padded>
-  __device__ void gather_block(const TileWork& work, int n, const KeyPlaces& places, const Rows& rows, int head_dim,
-                               unsigned char* tile, ptx::Mbarrier& full) {
-    const int first_key = n * variant.block_keys;
-    const int begin = work.seen.begin - first_key;
-    const int end = work.seen.end - first_key;
-    const bool paged = a_.problem.keys.paged();
-    const Bits* const first = row_of(rows, paged ? 0 : places.slot[0], paged ? 0 : places.row[0], work.head_k);
-    gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int row, int row_of_warp) {
-      if (!paged) return row >= begin && row < end ? first + row * rows.row_stride : nullptr;
-      const auto of_row = [&](const int(&of_lane)[KeyPlaces::count]) {
-        return __shfl_sync(~0U, row_of_warp < 32 ? of_lane[0] : of_lane[KeyPlaces::count - 1], row_of_warp % 32);
-      };
-      const int slot = of_row(places.slot);
-      const int row_of_page = of_row(places.row);
-      return slot < 0 || slot >= a_.problem.keys.slots
-                 ? nullptr
-                 : first + slot * rows.slot_stride + row_of_page * rows.row_stride;
-    });
-  }
-
-  __device__ static const Bits* row_of(const Rows& rows, long long slot, long long row, long long head) {
-    return static_cast<const Bits*>(rows.data) + slot * rows.slot_stride + row * rows.row_stride +
-           head * rows.head_stride;
-  }
-
-  const ForwardArguments& a_;
-  ForwardShared<variant>& shared_;
-  Gather gather_;
-  RingPlace<ForwardShared<variant>::work_stages> work_;
-  RingPlace<variant.q_stages> q_;
-  RingPlace<variant.stages> k_, v_;
-  unsigned v_fetched_parity_ = 0;
-};
-
-/// Named barriers: 0 is __syncthreads, then come the turns of up to three consumers, then each by itself.
-inline constexpr int first_turn_barrier = 1;
-inline constexpr int first_warpgroup_barrier = 4;
 
 template <ForwardVariant variant>
 class ForwardConsumer {
@@ -406,7 +39,7 @@ class ForwardConsumer {
   static constexpr int keys = variant.block_keys;
 
   __device__ ForwardConsumer(const ForwardArguments& arguments, ForwardShared<variant>& shared, int group)
-      : a_(arguments), shared_(shared), group_(group) {}
+      : a_(arguments), shared_(shared), group_(group), results_(arguments, group, shared.merges[group]) {}
 
   /// The blocks of all tiles are one sequence: while the values of a tile's last block are multiplied, weights are made
   /// of the first block of the next.
@@ -490,7 +123,8 @@ class ForwardConsumer {
         ptx::hold(sums);
       }
       if (last) {
-        store(tile, sums, finished);
+        results_.write(work_of(tile), sums, finished);
+        release_tile(tile);
         if (!more) return;
 #pragma unroll
         for (float& sum : sums) sum = 0;
@@ -617,109 +251,6 @@ class ForwardConsumer {
     for (int i = 0; i < keys / 4; ++i) weights[i] = pack<variant.element>(scores[2 * i], scores[2 * i + 1]);
   }
 
-  __device__ void store(TilePlace tile, Sums sums, const OnlineSoftmax& softmax) {
-    const Problem& p = a_.problem;
-    const TileWork& work = work_of(tile);
-    if constexpr (variant.splits) {
-      if (work.part.count > 1) {
-        store_part(work, sums, softmax);
-        if (is_last_part(work)) merge_parts(work);
-        release_tile(tile);
-        return;
-      }
-    }
-    const int slot = p.query_slot(work.sequence);
-#pragma unroll
-    for (int i = 0; i < rows_of_thread; ++i) {
-      const RowPlace place = place_of(a_, work, group_ * 64 + accumulator_row(i));
-      const bool exists = place.query < work.capacity;
-      const long long row = static_cast<long long>(work.place.first_q) + place.query;
-      float share;
-      float lse = softmax.finish(i, sink_of(p, place.head), share);
-      if (place.query >= work.used) {
-        share = 0;
-        lse = -infinity();
-      }
-      if (__any_sync(~0U, share == 0)) clear_row_if<variant.head_dim_v>(sums, i, share == 0);
-      void* const out = exists ? p.out.at(slot, row, place.head) : nullptr;
-      store_row<variant.element, variant.head_dim_v>(sums, i, share, out, p.head_dim_v, a_.wide_rows);
-      if (exists && p.lse.data != nullptr && accumulator_column() == 0) p.lse.at(slot, place.head, row) = lse;
-    }
-    release_tile(tile);
-  }
-
-  /// A row of a slot of partial results.
-  __device__ long long partial_row(const TileWork& work, int part, int row) const {
-    return static_cast<long long>(work.part.slot(part)) * a_.parts.rows + row;
-  }
-
-  __device__ void store_part(const TileWork& work, Sums sums, const OnlineSoftmax& softmax) const {
-#pragma unroll
-    for (int i = 0; i < rows_of_thread; ++i) {
-      const int row = group_ * 64 + accumulator_row(i);
-      const float2 weight = softmax.partial(i);
-      if (place_of(a_, work, row).query >= work.used) continue;
-      const long long at = partial_row(work, work.part.index, row);
-      float* const target = a_.parts.sums + at * variant.head_dim_v + accumulator_column();
-#pragma unroll
-      for (int j = 0; j < variant.head_dim_v / 8; ++j) {
-        *reinterpret_cast<float2*>(target + 8 * j) = make_float2(sums[4 * j + 2 * i], sums[4 * j + 2 * i + 1]);
-      }
-      if (accumulator_column() == 0) reinterpret_cast<float2*>(a_.parts.weights)[at] = weight;
-    }
-  }
-
-  /// Tells that this warpgroup's part is done. Whether it was the last of its rows.
-  __device__ bool is_last_part(const TileWork& work) {
-    await_warpgroup();
-    if (threadIdx.x % 128 == 0) {
-      int* const done = a_.counters + work.part.counter * variant.warpgroups + group_;
-      const bool last = ptx::add_and_synchronize(done, 1) == work.part.count - 1;
-      if (last) *done = 0;
-      shared_.merges[group_] = last;
-    }
-    await_warpgroup();
-    return shared_.merges[group_];
-  }
-
-  /// The warps of this warpgroup merge the parts of its rows, each a row at a time.
-  __device__ void merge_parts(const TileWork& work) const {
-    const Problem& p = a_.problem;
-    const int slot = p.query_slot(work.sequence);
-#pragma unroll 1
-    for (int row = group_ * 64 + threadIdx.x % 128 / 32; row < group_ * 64 + 64; row += 4) {
-      const RowPlace place = place_of(a_, work, row);
-      if (place.query >= work.capacity) return;
-      const long long out_row = static_cast<long long>(work.place.first_q) + place.query;
-      if (place.query >= work.used) {
-        clear_row(p, slot, out_row, place.head, -infinity());
-        continue;
-      }
-      auto* const out = static_cast<unsigned short*>(p.out.at(slot, out_row, place.head));
-      const float lse = merge_row<float4, true>(
-          work.part.count, sink_of(p, place.head), p.head_dim_v,
-          [&](int part) {
-            const auto* const weights = reinterpret_cast<const float2*>(a_.parts.weights);
-            const float2 weight = __ldcg(weights + partial_row(work, part, row));
-            return PartWeight{weight.x, weight.y};
-          },
-          [&](int part) { return a_.parts.sums + partial_row(work, part, row) * variant.head_dim_v; },
-          [&](int column, const float(&sums)[4]) {
-            const unsigned words[2] = {pack<variant.element>(sums[0], sums[1]),
-                                       pack<variant.element>(sums[2], sums[3])};
-            if (a_.wide_rows) {
-              *reinterpret_cast<uint2*>(out + column) = make_uint2(words[0], words[1]);
-              return;
-            }
-            for (int i = 0; i < 4 && column + i < p.head_dim_v; ++i) {
-              out[column + i] = static_cast<unsigned short>(words[i / 2] >> i % 2 * 16);
-            }
-          });
-      if (p.lse.data != nullptr && first_lane()) p.lse.at(slot, place.head, out_row) = lse;
-    }
-  }
-
-  __device__ void await_warpgroup() const { ptx::barrier_sync(first_warpgroup_barrier + group_, 128); }
   __device__ void await_turn() const { ptx::barrier_sync(first_turn_barrier + group_, 256); }
   __device__ void pass_turn() const {
     ptx::barrier_arrive(first_turn_barrier + (group_ + 1) % variant.warpgroups, 256);
@@ -747,24 +278,10 @@ class ForwardConsumer {
   const ForwardArguments& a_;
   ForwardShared<variant>& shared_;
   int group_;
+  ResultWriter<variant> results_;
   RingPlace<variant.q_stages> q_;
   RingPlace<variant.stages> next_;  ///< of the keys that come next; the values come a block behind
 };
-
-/// Rows of ragged tensors that belong to no sequence: out 0, lse -inf.
-template <ForwardVariant variant>
-__device__ void clear_rows_outside(const ForwardArguments& a) {
-  const Problem& p = a.problem;
-  if (!p.ragged_queries()) return;
-  const int begin = clamp(p.queries.cu_seqlens[0], 0, p.queries.rows);
-  const int end = clamp(p.queries.cu_seqlens[p.batch], begin, p.queries.rows);
-  const int rows = begin + p.queries.rows - end;
-  const int warps = variant.threads() / 32;
-  for (int i = blockIdx.x * warps + threadIdx.x / 32; i < rows; i += gridDim.x * warps) {
-    const int row = i < begin ? i : end + i - begin;
-    for (int head = 0; head < p.heads_q; ++head) clear_row(p, 0, row, head, -infinity());
-  }
-}
 
 template <ForwardVariant variant>
 __device__ void forward(const ForwardArguments& a) {
@@ -797,7 +314,7 @@ __device__ void forward(const ForwardArguments& a) {
     ptx::await_earlier_kernels();
     ForwardConsumer<variant>(a, shared, warpgroup - 1).run();
   }
-  clear_rows_outside<variant>(a);
+  clear_rows_outside(a);
 }
 
 }  // namespace mate::cuda

@@ -1,0 +1,224 @@
+// The loader of the forward kernel.
+#pragma once
+
+#include "forward_shared.h"
+#include "load.h"
+#include "tile_rows.h"
+
+namespace mate::cuda {
+
+template <ForwardVariant variant>
+class ForwardLoader {
+ public:
+  __device__ ForwardLoader(const ForwardArguments& arguments, ForwardShared<variant>& shared)
+      : a_(arguments), shared_(shared), gather_(threadIdx.x - 32, arguments.copy_bytes, arguments.counters) {}
+
+  __device__ void run() {
+    for (;; work_.advance()) {
+      shared_.work.full[work_.stage()].wait(work_.parity());
+      const TileWork& work = shared_.works[work_.stage()];
+      if (work.sequence < 0) break;
+      load(work);
+      shared_.work.empty[work_.stage()].arrive();
+    }
+    if constexpr (variant.gather) gather_.flush();
+    announce_no_more();
+  }
+
+ private:
+  /// Consumers that are done with a block wait for the keys of the next, be there one or not.
+  __device__ void announce_no_more() {
+    shared_.k.empty[k_.stage()].wait(k_.parity() ^ 1);
+    if (variant.gather || first_lane()) shared_.k.full[k_.stage()].arrive();
+  }
+
+  using Bits = unsigned short;
+  using Gather = GatherLoader<3>;
+
+  /// Whether rows of block n that no row of the sequence sees are fetched all the same. Behind the tensor's last row
+  /// the copy engine brings zeros.
+  __device__ bool fetches_unseen(const TileWork& work, int n) const {
+    const int first_key = n * variant.block_keys;
+    if (first_key < work.seen.begin) return true;
+    const KeyLayout& keys = a_.problem.keys;
+    const bool more_behind = keys.paged() || work.place.first_k + static_cast<long long>(work.seen.end) < keys.rows;
+    return first_key + variant.block_keys > work.seen.end && more_behind;
+  }
+
+  /// Where the keys of a block are: all of them where they are not paged; else, for each lane another one, those of a
+  /// box of the copy engine, or the single rows that the lane's warp gathers. What no row sees is nowhere:
+  /// slot -1. Neither it nor what is in a page that there is not is fetched: zeros are.
+  struct KeyPlaces {
+    static constexpr int count = variant.gather ? divide_up(Gather::template rows_of_warp<variant.block_keys>, 32) : 1;
+    int slot[count];
+    int row[count];
+  };
+
+  __device__ int boxes() const { return variant.block_keys / a_.box_keys; }
+
+  __device__ KeyPlaces locate(const TileWork& work, int n) const {
+    const KeyLayout& keys = a_.problem.keys;
+    const int first_key = n * variant.block_keys;
+    KeyPlaces places;
+#pragma unroll
+    for (int i = 0; i < KeyPlaces::count; ++i) {
+      places.slot[i] = keys.paged() ? -1 : work.place.cache_row;
+      places.row[i] = keys.paged() ? 0 : work.place.first_k + first_key;
+      if (!keys.paged() || n < work.blocks.begin) continue;
+      const int lane = threadIdx.x % 32;
+      const int span = variant.gather ? 1 : a_.box_keys;
+      const int key_of_block = variant.gather ? gather_.row_of_warp(lane + 32 * i) : lane * span;
+      const int key = first_key + key_of_block;
+      if (key_of_block >= variant.block_keys || key >= work.seen.end || key + span <= work.seen.begin) continue;
+      const unsigned position = static_cast<unsigned>(work.place.first_k) + key;
+      const unsigned index = position / static_cast<unsigned>(keys.rows);
+      // It is not looked at before it is used, or its loading would be waited for here.
+      places.slot[i] = static_cast<int>(page_of(keys, work.place, index));
+      places.row[i] = static_cast<int>(position - index * keys.rows);
+    }
+    return places;
+  }
+
+  __device__ void load(const TileWork& work) {
+    const int begin = work.blocks.begin;
+    int n = work.blocks.end - 1;
+    KeyPlaces places = locate(work, n);
+    load_k(work, n, places);
+    load_q(work);
+    KeyPlaces next = locate(work, n - 1);
+#pragma unroll 1
+    for (;; --n) {
+      const KeyPlaces after = locate(work, n - 2);  // pages are looked up a step ahead
+      if (n > begin) load_k(work, n - 1, next);
+      load_v(work, n, places);
+      if (n == begin) break;
+      places = next;
+      next = after;
+    }
+  }
+
+  /// Starts fetching a block of rows, which makes up `bytes`.
+  template <int padded>
+  __device__ void fetch(unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int bytes, int head,
+                        const KeyPlaces& box) {
+    if (!a_.problem.keys.paged()) {
+      if (first_lane()) {
+        barrier.arrive_expecting(bytes);
+        load_tile<variant.block_keys>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
+      }
+      return;
+    }
+    if (first_lane()) barrier.arrive_expecting(bytes);
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    if (lane < boxes()) {
+      load_tile<variant.block_keys>(tile + lane * a_.box_keys * chunk_row_bytes, padded, map, barrier, head, box.row[0],
+                                    box.slot[0]);
+    }
+  }
+
+  __device__ void await_empty(ptx::Mbarrier& empty, unsigned parity) {
+    // What is still on its way may be all that consumers wait for before they release a buffer.
+    if constexpr (variant.gather) {
+      if (!empty.is_complete(parity ^ 1)) gather_.flush();
+    }
+    empty.wait(parity ^ 1);
+  }
+
+  __device__ void load_q(const TileWork& work) {
+    await_empty(shared_.q.empty[q_.stage()], q_.parity());
+    const Problem& p = a_.problem;
+    const int slot = p.query_slot(work.sequence);
+    unsigned char* const tile = shared_.q_tiles[q_.stage()].rows;
+    ptx::Mbarrier& full = shared_.q.full[q_.stage()];
+    if constexpr (variant.gather) {
+      gather_.template load<variant.tile_rows(), variant.head_dim>(
+          tile, p.head_dim, full, [&](int row, int) -> const Bits* {
+            const RowPlace place = place_of(a_, work, row);
+            if (place.query >= work.used) return nullptr;
+            return row_of(p.q, slot, static_cast<long long>(work.place.first_q) + place.query, place.head);
+          });
+    } else if (first_lane()) {
+      full.arrive_expecting(a_.tile_rows * chunks_of(variant.head_dim) * chunk_row_bytes);
+      load_tile<variant.tile_rows()>(tile, variant.head_dim, a_.q, full, 0, work.place.first_q + work.first_query,
+                                     work.unit, slot);
+    }
+    q_.advance();
+  }
+
+  __device__ void load_k(const TileWork& work, int n, const KeyPlaces& places) {
+    await_empty(shared_.k.empty[k_.stage()], k_.parity());
+    unsigned char* const tile = shared_.k_tiles[k_.stage()].rows;
+    ptx::Mbarrier& full = shared_.k.full[k_.stage()];
+    if constexpr (variant.gather) {
+      gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
+    } else {
+      fetch<variant.head_dim>(tile, a_.k, full, variant.k_bytes(), work.head_k, places);
+    }
+    k_.advance();
+  }
+
+  __device__ void load_v(const TileWork& work, int n, const KeyPlaces& places) {
+    await_empty(shared_.v.empty[v_.stage()], v_.parity());
+    unsigned char* const tile = shared_.v_tiles[v_.stage()].rows;
+    ptx::Mbarrier& full = shared_.v.full[v_.stage()];
+    if constexpr (variant.gather) {
+      gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile, full);
+    } else {
+      const bool clears = fetches_unseen(work, n);
+      fetch<variant.head_dim_v>(tile, a_.v, clears ? shared_.v_fetched : full, variant.v_bytes(), work.head_k, places);
+      if (clears) clear_unseen(work, n, tile, full);
+    }
+    v_.advance();
+  }
+
+  /// Values that no row of the sequence sees must not meet weights of 0, since they may be NaN.
+  __device__ void clear_unseen(const TileWork& work, int n, unsigned char* tile, ptx::Mbarrier& full) {
+    shared_.v_fetched.wait(v_fetched_parity_);
+    v_fetched_parity_ ^= 1;
+    const int first_key = n * variant.block_keys;
+    const int begin = clamp(work.seen.begin - first_key, 0, variant.block_keys);
+    const int end = clamp(work.seen.end - first_key, 0, variant.block_keys);
+    clear_rows<variant.block_keys>(tile, variant.head_dim_v, 0, begin);
+    clear_rows<variant.block_keys>(tile, variant.head_dim_v, end, variant.block_keys);
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (first_lane()) full.arrive();
+  }
+
+  template <int padded>
+  __device__ void gather_block(const TileWork& work, int n, const KeyPlaces& places, const Rows& rows, int head_dim,
+                               unsigned char* tile, ptx::Mbarrier& full) {
+    const int first_key = n * variant.block_keys;
+    const int begin = work.seen.begin - first_key;
+    const int end = work.seen.end - first_key;
+    const bool paged = a_.problem.keys.paged();
+    const Bits* const first = row_of(rows, paged ? 0 : places.slot[0], paged ? 0 : places.row[0], work.head_k);
+    gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int row, int row_of_warp) {
+      if (!paged) return row >= begin && row < end ? first + row * rows.row_stride : nullptr;
+      const auto of_row = [&](const int(&of_lane)[KeyPlaces::count]) {
+        return __shfl_sync(~0U, row_of_warp < 32 ? of_lane[0] : of_lane[KeyPlaces::count - 1], row_of_warp % 32);
+      };
+      const int slot = of_row(places.slot);
+      const int row_of_page = of_row(places.row);
+      return slot < 0 || slot >= a_.problem.keys.slots
+                 ? nullptr
+                 : first + slot * rows.slot_stride + row_of_page * rows.row_stride;
+    });
+  }
+
+  __device__ static const Bits* row_of(const Rows& rows, long long slot, long long row, long long head) {
+    return static_cast<const Bits*>(rows.data) + slot * rows.slot_stride + row * rows.row_stride +
+           head * rows.head_stride;
+  }
+
+  const ForwardArguments& a_;
+  ForwardShared<variant>& shared_;
+  Gather gather_;
+  RingPlace<ForwardShared<variant>::work_stages> work_;
+  RingPlace<variant.q_stages> q_;
+  RingPlace<variant.stages> k_, v_;
+  unsigned v_fetched_parity_ = 0;
+};
+
+}  // namespace mate::cuda

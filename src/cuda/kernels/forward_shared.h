@@ -1,0 +1,44 @@
+// What a block of threads of the forward kernel keeps in shared memory.
+#pragma once
+
+#include "ring.h"
+#include "tile_work.h"
+
+namespace mate::cuda {
+
+template <int bytes>
+struct alignas(1024) TileBuffer {
+  unsigned char rows[bytes];
+};
+
+template <ForwardVariant variant>
+struct ForwardShared {
+  static constexpr int work_stages = 4;
+  static constexpr int loader_warps = variant.gather ? 3 : 1;
+
+  TileBuffer<variant.q_bytes()> q_tiles[variant.q_stages];
+  TileBuffer<variant.k_bytes()> k_tiles[variant.stages];
+  TileBuffer<variant.v_bytes()> v_tiles[variant.stages];
+  TileWork works[work_stages];
+  KeyRange visible[variant.tile_rows()];  ///< to each row of the consumers' tiles, where some of their keys are hidden
+  int merges[variant.warpgroups];         ///< whether the parts of a consumer's rows are all done
+  RingBarriers<variant.q_stages> q;
+  RingBarriers<variant.stages> k, v;
+  RingBarriers<work_stages> work;
+  ptx::Mbarrier begun;      ///< a tile: the next may be taken
+  ptx::Mbarrier v_fetched;  ///< of a block of values that the loader changes before consumers may have it
+
+  __device__ void init() {
+    constexpr int producers = variant.gather ? loader_warps * 32 : 1;
+    constexpr int consumer_warps = 4 * variant.warpgroups;
+    q.init(producers, consumer_warps);
+    k.init(producers, consumer_warps);
+    v.init(producers, consumer_warps);
+    work.init(1, 32 * (loader_warps + consumer_warps));
+    begun.init(1);
+    v_fetched.init(1);
+    ptx::fence_mbarrier_init();
+  }
+};
+
+}  // namespace mate::cuda

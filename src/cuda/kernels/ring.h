@@ -1,0 +1,46 @@
+// Rings of buffers in shared memory that a producer fills and consumers empty.
+#pragma once
+
+#include "ptx/mbarrier.h"
+
+namespace mate::cuda {
+
+/// The barriers of a ring of buffers that a producer fills and consumers empty.
+template <int stages>
+struct RingBarriers {
+  ptx::Mbarrier full[stages], empty[stages];
+
+  __device__ void init(int producers, int consumers) {
+    for (int i = 0; i < stages; ++i) {
+      full[i].init(producers);
+      empty[i].init(consumers);
+    }
+  }
+};
+
+/// A place in a ring, and the parity of the round. The producer waits for the other parity: all is empty at first.
+template <int stages>
+class RingPlace {
+ public:
+  __device__ int stage() const { return static_cast<int>(count_ % stages); }
+  __device__ unsigned parity() const { return count_ / stages % 2; }
+  __device__ bool is_odd() const { return count_ % 2 != 0; }
+  __device__ void advance() { ++count_; }
+  __device__ RingPlace before(int count) const { return RingPlace(count_ - count); }
+
+  RingPlace() = default;
+
+ private:
+  __device__ explicit RingPlace(unsigned count) : count_(count) {}
+
+  unsigned count_ = 0;
+};
+
+__device__ inline bool first_lane() { return threadIdx.x % 32 == 0; }
+
+/// Each warp that has done with a buffer says so.
+__device__ inline void release(ptx::Mbarrier& empty) {
+  if (first_lane()) empty.arrive();
+}
+
+}  // namespace mate::cuda
