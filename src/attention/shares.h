@@ -65,31 +65,38 @@ struct Share {
   int end = 0;
 };
 
-/// How `grains` grains are shared out among `workers` workers: the first ones take one more where they do not come out
-/// even. 32 bits, since this is much of what a short call takes on a GPU.
+/// How `grains` grains are shared out among `workers` workers: each takes as many as there must be for all to be taken,
+/// so that the last ones may have less, or nothing. 32 bits, since this is much of what a short call takes on a GPU.
 struct Shares {
   int grains = 0;
-  int each = 0;           ///< grains of a worker,
-  int with_one_more = 0;  ///< but for these first ones, which have one more
+  int each = 0;
 
   constexpr Shares() = default;
-  constexpr Shares(int grains, int workers)
+  /// Where all tiles have `of_tile` grains (else it is 0), a worker rather takes a little more than cuts a tile that
+  /// could be left whole, or cuts tiles at other places than its neighbours: parts have to be merged.
+  constexpr Shares(int grains, int workers, int of_tile = 0)
       : grains(grains),
-        each(static_cast<int>(static_cast<unsigned>(grains) / static_cast<unsigned>(workers))),
-        with_one_more(grains - each * workers) {}
-
-  constexpr Share of(int worker) const {
-    const int begin = worker * each + (worker < with_one_more ? worker : with_one_more);
-    return {begin, begin + each + (worker < with_one_more ? 1 : 0)};
+        each(static_cast<int>((static_cast<unsigned>(grains) + workers - 1U) / static_cast<unsigned>(workers))) {
+    if (of_tile == 0 || each == 0) return;
+    const auto tile = static_cast<unsigned>(of_tile);
+    const auto needed = static_cast<unsigned>(each);
+    const unsigned parts = needed < tile ? tile / needed : 1;
+    const unsigned fitting = needed < tile ? (tile + parts - 1) / parts : (needed + tile - 1) / tile * tile;
+    if (needed < tile && fitting * parts != tile) return;
+    if (fitting - needed <= needed / 16) each = static_cast<int>(fitting);
   }
+
+  constexpr Share of(int worker) const { return {first_of(worker), first_of(worker + 1)}; }
 
   /// The worker that takes a grain.
   constexpr int worker_of(int grain) const {
-    const int larger = with_one_more * (each + 1);
-    const bool among_larger = grain < larger;
-    const auto rest = static_cast<unsigned>(among_larger ? grain : grain - larger);
-    const auto size = static_cast<unsigned>(among_larger ? each + 1 : each);
-    return (among_larger ? 0 : with_one_more) + static_cast<int>(rest / size);
+    return static_cast<int>(static_cast<unsigned>(grain) / static_cast<unsigned>(each));
+  }
+
+ private:
+  constexpr int first_of(int worker) const {
+    const unsigned first = static_cast<unsigned>(worker) * static_cast<unsigned>(each);
+    return first < static_cast<unsigned>(grains) ? static_cast<int>(first) : grains;
   }
 };
 
@@ -101,7 +108,8 @@ struct TilePart {
   int first_slot = 0;  ///< of part 0
   int next_slot = 0;   ///< of part 1; from there on they are `step` apart
   int step = 1;
-  int counter = 0;  ///< of the parts that are done
+  int counter = 0;   ///< of the parts that are done
+  int reported = 1;  ///< parts that are done with this one and were not counted before: 0 if more of them follow
 
   constexpr int slot(int part) const { return part == 0 ? first_slot : next_slot + (part - 1) * step; }
 };
@@ -126,6 +134,10 @@ constexpr TilePart part_of(const Cut& cut, const Shares& shares, Share tile, int
     part.count = tile.end - tile.begin;
     part.first_slot = tile.begin;
     part.next_slot = tile.begin + 1;
+    const Share share = shares.of(shares.worker_of(at));
+    const int begin = share.begin > tile.begin ? share.begin : tile.begin;
+    const int end = share.end < tile.end ? share.end : tile.end;
+    part.reported = at + 1 == end ? end - begin : 0;
     return part;
   }
   part.index = shares.worker_of(at) - first;

@@ -107,6 +107,13 @@ int most_rows(const Problem& p) {
   return p.ragged_queries() ? p.max_seqlen_q : std::min(p.max_seqlen_q, p.queries.rows);
 }
 
+/// Query rows of a sequence, on average, as far as the host knows.
+int mean_rows(const Problem& p) {
+  return p.ragged_queries() && p.batch > 0
+             ? std::min(static_cast<int>(divide_up(p.queries.rows, p.batch)), most_rows(p))
+             : most_rows(p);
+}
+
 /// Query heads that share a tile: those of a group, or an equal part of them, where that makes fewer tiles.
 int choose_pack(const Problem& p, const ForwardVariant& variant) {
   const int group = p.group();
@@ -114,8 +121,10 @@ int choose_pack(const Problem& p, const ForwardVariant& variant) {
   if (std::int64_t{most_rows(p)} * group > max_length) return 1;
   int pack = std::min(group, variant.tile_rows());
   while (group % pack != 0) --pack;
-  const std::int64_t apart = std::int64_t{pack} * tiles_of(variant.tiling(1), most_rows(p));
-  return p.pack_gqa == 1 || tiles_of(variant.tiling(pack), most_rows(p)) < apart ? pack : 1;
+  const auto saves_tiles = [&](int rows) {
+    return tiles_of(variant.tiling(pack), rows) < std::int64_t{pack} * tiles_of(variant.tiling(1), rows);
+  };
+  return p.pack_gqa == 1 || saves_tiles(most_rows(p)) || saves_tiles(mean_rows(p)) ? pack : 1;
 }
 
 /// At least as many tiles as there are: only the device knows the lengths of ragged sequences.
@@ -148,6 +157,9 @@ bool shares_keys(const Problem& p, int multiprocessors) {
     return p.ragged_queries() || p.queries.seqused.given() || std::int64_t{p.queries.rows} * p.group() <= 64;
   }
   if (p.num_splits != 0) return p.num_splits > 1;
+  // Some sequences are read and others decoded: the ones need the matrix units, the others memory. Even shares of both
+  // at once, side by side, take less time than one after the other.
+  if (std::int64_t{2} * mean_rows(p) < most_rows(p)) return true;
   return has_few_rows(p) || most_tiles(p, {128, 128, p.group()}) < std::int64_t{tiles_enough} * multiprocessors;
 }
 
@@ -246,6 +258,7 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
     arguments.pack = choose_pack(p, variant);
     arguments.tile_rows = variant.tiling(arguments.pack).tile_rows;
     arguments.box_keys = choose_box(p.keys, variant.block_keys);
+    if (arguments.box_keys > 0) arguments.boxes = variant.block_keys / arguments.box_keys;
     return gather || (arguments.box_keys > 0 && encode_maps(p, arguments));
   };
   if (inputs.bytes() < 16 || !settle(false)) settle(true);

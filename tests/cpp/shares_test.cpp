@@ -12,7 +12,7 @@
 namespace mate {
 namespace {
 
-TEST(Shares, EveryGrainHasOneWorkerAndSharesDifferByOne) {
+TEST(Shares, EveryGrainHasOneWorkerAndNobodyHasMoreThanNeeded) {
   for (const int grains : {1, 2, 7, 64, 131, 132, 133, 1000, 2'000'000'000}) {
     for (const int workers : {1, 2, 7, 132, 148}) {
       const Shares shares(grains, workers);
@@ -20,8 +20,7 @@ TEST(Shares, EveryGrainHasOneWorkerAndSharesDifferByOne) {
       for (int worker = 0; worker < workers; ++worker) {
         const Share share = shares.of(worker);
         EXPECT_EQ(share.begin, end);
-        EXPECT_GE(share.end - share.begin, grains / workers);
-        EXPECT_LE(share.end - share.begin, grains / workers + 1);
+        EXPECT_LE(share.end - share.begin, divide_up(grains, workers));
         end = share.end;
         if (share.begin == share.end) continue;
         EXPECT_EQ(shares.worker_of(share.begin), worker);
@@ -30,6 +29,17 @@ TEST(Shares, EveryGrainHasOneWorkerAndSharesDifferByOne) {
       EXPECT_EQ(end, grains);
     }
   }
+}
+
+TEST(Shares, TilesOfOneSizeAreCutAlikeWhereThatCostsLittle) {
+  EXPECT_EQ(Shares(8 * 64, 132, 64).each, 4);          // 16 parts of each of 8 tiles
+  EXPECT_EQ(Shares(1024 * 8, 132, 8).each, 64);        // 63 would do, but cut most tiles
+  EXPECT_EQ(Shares(1024 * 32, 132, 32).each, 256);     // 249
+  EXPECT_EQ(Shares(8 * 60, 132, 60).each, 4);          // 15 parts
+  EXPECT_EQ(Shares(8 * 61, 132, 61).each, 4);          // 61 is no multiple of anything near
+  EXPECT_EQ(Shares(100 * 100, 132, 100).each, 76);     // 100 would leave a quarter of the workers idle
+  EXPECT_EQ(Shares(2000 * 100, 132, 100).each, 1600);  // 1516
+  EXPECT_EQ(Shares(0, 132, 1).each, 0);
 }
 
 /// Tiles of random numbers of blocks, some of none.
@@ -52,7 +62,7 @@ TEST(Shares, PartsOfATileMakeItWhole) {
     std::vector<int> begins{0};
     for (const BlockRange tile : tiles) begins.push_back(begins.back() + grains_of(cut, tile, distance));
     const int grains = begins.back();
-    const Shares shares(grains, workers);
+    const Shares shares(grains, workers, numbers() % 2 == 0 ? grains_of(cut, tiles[0], distance) : 0);
 
     std::set<int> slots;
     std::map<int, std::vector<int>> tiles_of_counter;
@@ -71,9 +81,14 @@ TEST(Shares, PartsOfATileMakeItWhole) {
         }
         parts.push_back(part_of(cut, shares, tile, at));
         at += count;
+        // A worker reports its parts of a tile together, with the last of them.
+        EXPECT_EQ(parts.back().reported == 0, at < std::min(tile.end, share.end));
       }
       EXPECT_EQ(next_block, tiles[i].size() > 0 ? tiles[i].end : tiles[i].begin);
       ASSERT_EQ(parts.size(), parts[0].count);
+      int reported = 0;
+      for (const TilePart& part : parts) reported += part.reported;
+      EXPECT_EQ(reported, parts[0].count);
       for (int j = 0; j < parts[0].count; ++j) {
         EXPECT_EQ(parts[j].index, j);
         EXPECT_EQ(parts[j].count, parts[0].count);

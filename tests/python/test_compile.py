@@ -58,7 +58,7 @@ def append(mate: ModuleType, device: str) -> tuple[Callable, dict]:
         out = mate.flash_attn_with_kvcache(
             q, cache_k, cache_v, k, v, rotary_cos=cos, rotary_sin=sin, cache_seqlens=lengths, causal=True
         )
-        return out.float().sigmoid(), cache_k[:, :1] + 0  # the cache is read after the call wrote it
+        return out.float() * 2, cache_k[:, :1] + 0  # the cache is read after the call wrote it
 
     sizes = {"q": (2, 3, H, D), "cache_k": (2, 12, HK, D), "cache_v": (2, 12, HK, D), "k": (2, 3, HK, D)}
     sizes |= {"v": (2, 3, HK, D), "cos": (20, D // 2), "sin": (20, D // 2)}

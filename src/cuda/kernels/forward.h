@@ -8,10 +8,10 @@
 // | -------------------------- | -------------------------------------------------- | ---------- | --------- |
 // | warp 0: scheduler          | takes a tile when the one before is begun, and     | work.empty | work.full |
 // |                            | finds its sequence and keys                        | begun      |           |
-// | warp 1: loader, one lane   | fetches a block of keys, the last block first      | k.empty    | k.full    |
-// | issuing copies (warps 1 to | fetches the tile's queries                         | q.empty    | q.full    |
-// | 3, all lanes, where rows   | fetches a block of values                          | v.empty    | v.full    |
-// | are gathered)              |                                                    |            |           |
+// | warp 1: loader             | fetches a block of keys, the last block first      | k.empty    | k.full    |
+// |                            | fetches the tile's queries                         | q.empty    | q.full    |
+// | warp 2: loader             | fetches a block of values                          | v.empty    | v.full    |
+// | (where rows are gathered, all warps of producers do both)                       |            |           |
 // | each consumer, in turns    | starts scores = queries x keys of the next block   | k.full     |           |
 // |                            | and sums += weights x values of this one           | v.full     |           |
 // | then on its own            | makes weights of the scores while the values' run  |            | k.empty   |
@@ -148,7 +148,7 @@ class ForwardConsumer {
     shared_.work.full[tile.stage()].wait(tile.parity());
     const TileWork& work = work_of(tile);
     if (work.sequence < 0) return false;
-    if (threadIdx.x == 128) shared_.begun.arrive();
+    if (group_ == 0 && threadIdx.x % 128 == 0) shared_.begun.arrive();
     find_visible(work);
     return true;
   }
@@ -256,9 +256,15 @@ class ForwardConsumer {
     ptx::barrier_arrive(first_turn_barrier + (group_ + 1) % variant.warpgroups, 256);
   }
 
-  __device__ void await_queries() const { shared_.q.full[q_.stage()].wait(q_.parity()); }
-  __device__ void await_keys() const { shared_.k.full[next_.stage()].wait(next_.parity()); }
-  __device__ void await_values() const { shared_.v.full[next_.before(1).stage()].wait(next_.before(1).parity()); }
+  template <int stages>
+  __device__ static void await(RingBarriers<stages>& ring, RingPlace<stages> place) {
+    ring.full[place.stage()].wait(place.parity());
+    // The copy engine writes where products read; threads that copy do not.
+    if constexpr (variant.gather) ptx::fence_proxy_async();
+  }
+  __device__ void await_queries() const { await(shared_.q, q_); }
+  __device__ void await_keys() const { await(shared_.k, next_); }
+  __device__ void await_values() const { await(shared_.v, next_.before(1)); }
   /// Those that are multiplied now, so that this is over already.
   __device__ void await_values_in_use() const {
     shared_.v.full[next_.before(2).stage()].wait(next_.before(2).parity());
@@ -296,8 +302,8 @@ __device__ void forward(const ForwardArguments& a) {
   }
   ptx::let_next_kernel_begin();
   __syncthreads();
-  const int warpgroup = threadIdx.x / 128;
-  if (warpgroup == 0) {
+  const int consumer = static_cast<int>(threadIdx.x / 128) - variant.producer_warpgroups();
+  if (consumer < 0) {
     if constexpr (variant.moves_registers()) ptx::give_up_registers<variant.producer_registers()>();
     if (threadIdx.x < 32) {
       if constexpr (variant.splits) {
@@ -307,12 +313,12 @@ __device__ void forward(const ForwardArguments& a) {
       }
     } else {
       ptx::await_earlier_kernels();
-      if (variant.gather || threadIdx.x < 64) ForwardLoader<variant>(a, shared).run();
+      if (threadIdx.x / 32 <= variant.loader_warps()) ForwardLoader<variant>(a, shared).run();
     }
   } else {
     if constexpr (variant.moves_registers()) ptx::take_registers<variant.consumer_registers()>();
     ptx::await_earlier_kernels();
-    ForwardConsumer<variant>(a, shared, warpgroup - 1).run();
+    ForwardConsumer<variant>(a, shared, consumer).run();
   }
   clear_rows_outside(a);
 }

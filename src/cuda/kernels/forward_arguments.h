@@ -26,7 +26,8 @@ struct ForwardArguments {
   float exponent_scale = 1;    ///< multiplies scores to make them exponents of 2; not negative
   int keys_in_l2 = 0;          ///< keys and values of one head that the L2 cache holds
   int copy_bytes = 0;          ///< of a gather: rows are copied in pieces of so many bytes
-  int box_keys = 0;            ///< rows of k that are fetched together: no more than a page has
+  int box_keys = 0;            ///< keys that are fetched together: no more than a page has
+  int boxes = 0;               ///< of a block of keys
   bool wide_rows = false;      ///< rows of out are aligned to 16 bytes
   int* counters = nullptr;     ///< 0 before and after: of tiles taken, or of the parts of tiles that are done
 

@@ -11,21 +11,24 @@ template <ForwardVariant variant>
 class ForwardLoader {
  public:
   __device__ ForwardLoader(const ForwardArguments& arguments, ForwardShared<variant>& shared)
-      : a_(arguments), shared_(shared), gather_(threadIdx.x - 32, arguments.copy_bytes, arguments.counters) {}
+      : a_(arguments), shared_(shared), gather_(threadIdx.x - 32, arguments.copy_bytes) {}
 
   __device__ void run() {
     for (;; work_.advance()) {
       shared_.work.full[work_.stage()].wait(work_.parity());
-      const TileWork& work = shared_.works[work_.stage()];
+      TileWork& work = shared_.works[work_.stage()];
       if (work.sequence < 0) break;
       load(work);
       shared_.work.empty[work_.stage()].arrive();
     }
-    if constexpr (variant.gather) gather_.flush();
-    announce_no_more();
+    if (loads_keys()) announce_no_more();
   }
 
  private:
+  // Rows are gathered by all warps together; else one fetches queries and keys, another one values.
+  __device__ static bool loads_keys() { return variant.gather || threadIdx.x < 64; }
+  __device__ static bool loads_values() { return variant.gather || threadIdx.x >= 64; }
+
   /// Consumers that are done with a block wait for the keys of the next, be there one or not.
   __device__ void announce_no_more() {
     shared_.k.empty[k_.stage()].wait(k_.parity() ^ 1);
@@ -33,7 +36,7 @@ class ForwardLoader {
   }
 
   using Bits = unsigned short;
-  using Gather = GatherLoader<3>;
+  using Gather = GatherLoader<variant.loader_warps()>;
 
   /// Whether rows of block n that no row of the sequence sees are fetched all the same. Behind the tensor's last row
   /// the copy engine brings zeros.
@@ -54,8 +57,6 @@ class ForwardLoader {
     int row[count];
   };
 
-  __device__ int boxes() const { return variant.block_keys / a_.box_keys; }
-
   __device__ KeyPlaces locate(const TileWork& work, int n) const {
     const KeyLayout& keys = a_.problem.keys;
     const int first_key = n * variant.block_keys;
@@ -67,7 +68,7 @@ class ForwardLoader {
       if (!keys.paged() || n < work.blocks.begin) continue;
       const int lane = threadIdx.x % 32;
       const int span = variant.gather ? 1 : a_.box_keys;
-      const int key_of_block = variant.gather ? gather_.row_of_warp(lane + 32 * i) : lane * span;
+      const int key_of_block = variant.gather ? static_cast<int>(gather_.row_of_warp(lane + 32 * i)) : lane * span;
       const int key = first_key + key_of_block;
       if (key_of_block >= variant.block_keys || key >= work.seen.end || key + span <= work.seen.begin) continue;
       const unsigned position = static_cast<unsigned>(work.place.first_k) + key;
@@ -79,18 +80,26 @@ class ForwardLoader {
     return places;
   }
 
-  __device__ void load(const TileWork& work) {
+  __device__ void load(TileWork& work) {
     const int begin = work.blocks.begin;
     int n = work.blocks.end - 1;
     KeyPlaces places = locate(work, n);
-    load_k(work, n, places);
-    load_q(work);
     KeyPlaces next = locate(work, n - 1);
+    if (loads_keys()) {
+      load_k(work, n, places);
+      load_q(work);
+    }
+    if constexpr (variant.splits) {
+      // While the first keys are on their way; the values' barrier tells consumers.
+      if (loads_values() && first_lane() && (!variant.gather || threadIdx.x < 64)) {
+        work.part = part_of(a_.cut, work.shares, work.grains, work.first_grain);
+      }
+    }
 #pragma unroll 1
     for (;; --n) {
-      const KeyPlaces after = locate(work, n - 2);  // pages are looked up a step ahead
-      if (n > begin) load_k(work, n - 1, next);
-      load_v(work, n, places);
+      const KeyPlaces after = locate(work, n - 2);  // pages are looked up two steps ahead
+      if (n > begin && loads_keys()) load_k(work, n - 1, next);
+      if (loads_values()) load_v(work, n, places);
       if (n == begin) break;
       places = next;
       next = after;
@@ -111,22 +120,14 @@ class ForwardLoader {
     if (first_lane()) barrier.arrive_expecting(bytes);
     __syncwarp();
     const int lane = threadIdx.x % 32;
-    if (lane < boxes()) {
+    if (lane < a_.boxes) {
       load_tile<variant.block_keys>(tile + lane * a_.box_keys * chunk_row_bytes, padded, map, barrier, head, box.row[0],
                                     box.slot[0]);
     }
   }
 
-  __device__ void await_empty(ptx::Mbarrier& empty, unsigned parity) {
-    // What is still on its way may be all that consumers wait for before they release a buffer.
-    if constexpr (variant.gather) {
-      if (!empty.is_complete(parity ^ 1)) gather_.flush();
-    }
-    empty.wait(parity ^ 1);
-  }
-
   __device__ void load_q(const TileWork& work) {
-    await_empty(shared_.q.empty[q_.stage()], q_.parity());
+    shared_.q.empty[q_.stage()].wait(q_.parity() ^ 1);
     const Problem& p = a_.problem;
     const int slot = p.query_slot(work.sequence);
     unsigned char* const tile = shared_.q_tiles[q_.stage()].rows;
@@ -147,7 +148,7 @@ class ForwardLoader {
   }
 
   __device__ void load_k(const TileWork& work, int n, const KeyPlaces& places) {
-    await_empty(shared_.k.empty[k_.stage()], k_.parity());
+    shared_.k.empty[k_.stage()].wait(k_.parity() ^ 1);
     unsigned char* const tile = shared_.k_tiles[k_.stage()].rows;
     ptx::Mbarrier& full = shared_.k.full[k_.stage()];
     if constexpr (variant.gather) {
@@ -159,7 +160,7 @@ class ForwardLoader {
   }
 
   __device__ void load_v(const TileWork& work, int n, const KeyPlaces& places) {
-    await_empty(shared_.v.empty[v_.stage()], v_.parity());
+    shared_.v.empty[v_.stage()].wait(v_.parity() ^ 1);
     unsigned char* const tile = shared_.v_tiles[v_.stage()].rows;
     ptx::Mbarrier& full = shared_.v.full[v_.stage()];
     if constexpr (variant.gather) {
@@ -192,18 +193,25 @@ class ForwardLoader {
     const int first_key = n * variant.block_keys;
     const int begin = work.seen.begin - first_key;
     const int end = work.seen.end - first_key;
-    const bool paged = a_.problem.keys.paged();
-    const Bits* const first = row_of(rows, paged ? 0 : places.slot[0], paged ? 0 : places.row[0], work.head_k);
-    gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int row, int row_of_warp) {
-      if (!paged) return row >= begin && row < end ? first + row * rows.row_stride : nullptr;
-      const auto of_row = [&](const int(&of_lane)[KeyPlaces::count]) {
-        return __shfl_sync(~0U, row_of_warp < 32 ? of_lane[0] : of_lane[KeyPlaces::count - 1], row_of_warp % 32);
-      };
-      const int slot = of_row(places.slot);
-      const int row_of_page = of_row(places.row);
-      return slot < 0 || slot >= a_.problem.keys.slots
-                 ? nullptr
-                 : first + slot * rows.slot_stride + row_of_page * rows.row_stride;
+    const KeyLayout& keys = a_.problem.keys;
+    if (!keys.paged()) {
+      const Bits* const first = row_of(rows, places.slot[0], places.row[0], work.head_k);
+      gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int row, int) -> const Bits* {
+        return row >= begin && row < end ? first + row * rows.row_stride : nullptr;
+      });
+      return;
+    }
+    // Each lane finds rows of its own and hands them to those that copy them.
+    const Bits* of_lane[KeyPlaces::count];
+#pragma unroll
+    for (int i = 0; i < KeyPlaces::count; ++i) {
+      const bool exists = places.slot[i] >= 0 && places.slot[i] < keys.slots;
+      of_lane[i] = exists ? row_of(rows, places.slot[i], places.row[i], work.head_k) : nullptr;
+    }
+    gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int, unsigned row_of_warp) {
+      const Bits* const row = row_of_warp < 32 ? of_lane[0] : of_lane[KeyPlaces::count - 1];
+      return reinterpret_cast<const Bits*>(
+          __shfl_sync(~0U, reinterpret_cast<unsigned long long>(row), row_of_warp % 32));
     });
   }
 

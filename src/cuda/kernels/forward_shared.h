@@ -14,7 +14,6 @@ struct alignas(1024) TileBuffer {
 template <ForwardVariant variant>
 struct ForwardShared {
   static constexpr int work_stages = 4;
-  static constexpr int loader_warps = variant.gather ? 3 : 1;
 
   TileBuffer<variant.q_bytes()> q_tiles[variant.q_stages];
   TileBuffer<variant.k_bytes()> k_tiles[variant.stages];
@@ -29,12 +28,12 @@ struct ForwardShared {
   ptx::Mbarrier v_fetched;  ///< of a block of values that the loader changes before consumers may have it
 
   __device__ void init() {
-    constexpr int producers = variant.gather ? loader_warps * 32 : 1;
+    constexpr int producers = variant.gather ? variant.loader_warps() * 32 : 1;
     constexpr int consumer_warps = 4 * variant.warpgroups;
     q.init(producers, consumer_warps);
     k.init(producers, consumer_warps);
     v.init(producers, consumer_warps);
-    work.init(1, 32 * (loader_warps + consumer_warps));
+    work.init(1, 32 * (variant.loader_warps() + consumer_warps));
     begun.init(1);
     v_fetched.init(1);
     ptx::fence_mbarrier_init();

@@ -39,7 +39,12 @@ struct ForwardVariant {
   /// Rows that there is room for. A tile holds whole queries, of `pack` rows each.
   constexpr int tile_rows() const { return 64 * warpgroups; }
   constexpr Tiling tiling(int pack) const { return {tile_rows() / pack * pack, block_keys, pack}; }
-  constexpr int threads() const { return 128 * (warpgroups + 1); }
+  /// Of the scheduler and the loaders. Where rows are gathered for one consumer, which may wait for nothing but memory,
+  /// copying takes more threads.
+  constexpr int producer_warpgroups() const { return gather && warpgroups == 1 ? 2 : 1; }
+  /// Rows are gathered by all producers but the scheduler.
+  constexpr int loader_warps() const { return gather ? 4 * producer_warpgroups() - 1 : 2; }
+  constexpr int threads() const { return 128 * (warpgroups + producer_warpgroups()); }
   constexpr int q_bytes() const { return tile_rows() * chunks_of(head_dim) * chunk_row_bytes; }
   constexpr int k_bytes() const { return block_keys * chunks_of(head_dim) * chunk_row_bytes; }
   constexpr int v_bytes() const { return block_keys * chunks_of(head_dim_v) * chunk_row_bytes; }
@@ -48,14 +53,15 @@ struct ForwardVariant {
   }
   // Registers of a thread. A block starts with as many for all its threads; what the producers give up the consumers
   // take. With one consumer there are enough for all.
-  constexpr bool moves_registers() const { return warpgroups > 1; }
+  constexpr bool moves_registers() const { return threads() > 256; }
   constexpr int registers_at_start() const { return moves_registers() ? 64 * 1024 / threads() / 8 * 8 : 248; }
   constexpr int producer_registers() const {
     return warpgroups == 3 ? 32 : gather && splits ? 104 : gather || splits ? 88 : 40;
   }
   constexpr int consumer_registers() const {
     if (!moves_registers()) return registers_at_start();
-    return (registers_at_start() * (warpgroups + 1) - producer_registers()) / warpgroups / 8 * 8;
+    const int all = registers_at_start() * threads() / 128 - producer_registers() * producer_warpgroups();
+    return all / warpgroups < 248 ? all / warpgroups / 8 * 8 : 248;
   }
 };
 

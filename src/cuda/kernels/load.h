@@ -23,7 +23,7 @@ __device__ inline void load_tile(unsigned char* tile, int head_dim, const Tensor
 
 /// Where piece `piece` of 16 bytes of a row stands in a tile of `rows` rows.
 template <int rows>
-__device__ inline int piece_offset(int row, int piece) {
+__device__ inline unsigned piece_offset(unsigned row, unsigned piece) {
   return (piece / 8 * rows + row) * chunk_row_bytes + ((piece % 8) ^ (row % 8)) * 16;
 }
 
@@ -39,22 +39,22 @@ __device__ inline void clear_rows(unsigned char* tile, int head_dim, int begin, 
   }
 }
 
-/// Fetches tiles row by row, by `warps` warps together, whatever the alignment of rows. Copies run on while the next
-/// tile is asked for; a tile's barrier is told when that has happened, or by flush().
+/// Fetches tiles row by row, by `warps` warps together, whatever the alignment of rows. Nobody waits for the copies but
+/// who waits for the tile's barrier.
 template <int warps>
 class GatherLoader {
   /// A warp takes groups of rows in turns.
   static constexpr int group = 8;
 
  public:
-  /// Rows are copied in pieces of `copy_bytes`; `somewhere` is any global memory: a copy of zeros needs an address too.
-  __device__ GatherLoader(int thread, int copy_bytes, const void* somewhere)
-      : warp_(thread / 32), lane_(thread % 32), copy_bytes_(copy_bytes), somewhere_(somewhere) {}
+  /// Rows are copied in pieces of `copy_bytes`.
+  __device__ GatherLoader(unsigned thread, int copy_bytes)
+      : warp_(thread / 32), lane_(thread % 32), copy_bytes_(copy_bytes) {}
 
   /// Rows of a tile of so many that each warp takes, at most, and which row of the tile the i-th of them is.
   template <int rows>
   static constexpr int rows_of_warp = (rows + warps * group - 1) / (warps * group) * group;
-  __device__ int row_of_warp(int i) const { return (i / group * warps + warp_) * group + i % group; }
+  __device__ unsigned row_of_warp(unsigned i) const { return (i / group * warps + warp_) * group + i % group; }
 
   /// row_of(r, i) is where row r of the tile begins, the i-th of this warp, or null for a row of zeros: all lanes of a
   /// warp ask at once. Elements past `head_dim` become zeros, up to `padded`.
@@ -73,25 +73,10 @@ class GatherLoader {
       default:
         copy<rows, padded, 2>(tile, head_dim, row_of);
     }
-    ptx::commit_copies();
-    ptx::wait_copies<1>();
-    announce();
-    pending_ = &barrier;
-  }
-
-  __device__ void flush() {
-    ptx::wait_copies<0>();
-    announce();
-    pending_ = nullptr;
+    ptx::arrive_after_copies(barrier);
   }
 
  private:
-  __device__ void announce() {
-    if (pending_ == nullptr) return;
-    ptx::fence_proxy_async();
-    pending_->arrive();
-  }
-
   /// The lanes of a warp share a row, or several where rows are short; a few copies are made without a loop, so that
   /// the address of one is found while others are.
   template <int rows, int padded, int bytes, typename RowOf>
@@ -102,36 +87,36 @@ class GatherLoader {
     constexpr int copies_of_row = pieces < 32 ? 1 : pieces / 32;
     constexpr int rows_unrolled = copies_of_row < 4 ? 4 / copies_of_row : 1;
     // What follows from it would otherwise be kept in registers from tile to tile, for each size of copies.
-    const int lane = ptx::known_only_here(lane_);
-    constexpr int lanes_of_row = 32 / rows_at_once;
-    const int row_of_lane = lane / lanes_of_row;
+    const unsigned lane = ptx::known_only_here(lane_);
+    constexpr unsigned lanes_of_row = 32 / rows_at_once;
+    const unsigned row_of_lane = lane / lanes_of_row;
 #pragma unroll 1
     for (int i = 0; row_of_warp(i) < rows; i += group) {
+      unsigned char* const rows_of_group = tile + row_of_warp(i) * chunk_row_bytes;
 #pragma unroll(rows_unrolled)
       for (int step = 0; step < group; step += rows_at_once) {
-        const int row = row_of_warp(i) + step + row_of_lane;
-        const unsigned short* source = row_of(row, i + step + row_of_lane);
+        const unsigned row_of_group = step + row_of_lane;
+        const unsigned short* source = row_of(row_of_warp(i) + row_of_group, i + row_of_group);
 #pragma unroll
         for (int first = 0; first < pieces; first += lanes_of_row) {
-          const int column = (first + lane % lanes_of_row) * elements;
+          const unsigned column = (first + lane % lanes_of_row) * elements;
           if (column >= padded) break;
-          unsigned char* const target = tile + piece_offset<rows>(row, column / 8) + column % 8 * 2;
+          // A group begins where the pattern of a swizzled tile does, so that its rows are alike in all groups.
+          unsigned char* const target = rows_of_group + piece_offset<rows>(row_of_group, column / 8) + column % 8 * 2;
           const bool inside = source != nullptr && column < head_dim;
           if constexpr (bytes == 2) {
             *reinterpret_cast<unsigned short*>(target) = inside ? source[column] : 0;
           } else {
-            ptx::copy_async<bytes>(ptx::shared_address(target), inside ? source + column : somewhere_, inside);
+            ptx::copy_async<bytes>(ptx::shared_address(target), source + column, inside);
           }
         }
       }
     }
   }
 
-  int warp_;
-  int lane_;
+  unsigned warp_;
+  unsigned lane_;
   int copy_bytes_;
-  const void* somewhere_;
-  ptx::Mbarrier* pending_ = nullptr;
 };
 
 }  // namespace mate::cuda

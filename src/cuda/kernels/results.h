@@ -78,10 +78,11 @@ class ResultWriter {
 
   /// Tells that this warpgroup's part is done. Whether it was the last of its rows.
   __device__ bool is_last_part(const TileWork& work) const {
+    if (work.part.reported == 0) return false;
     await_warpgroup();
     if (threadIdx.x % 128 == 0) {
       int* const done = a_.counters + work.part.counter * variant.warpgroups + group_;
-      const bool last = ptx::add_and_synchronize(done, 1) == work.part.count - 1;
+      const bool last = ptx::add_and_synchronize(done, work.part.reported) == work.part.count - work.part.reported;
       if (last) *done = 0;
       is_last_ = last;
     }

@@ -117,12 +117,19 @@ class SplitScheduler : GrainCounter<variant> {
   __device__ explicit SplitScheduler(const ForwardArguments& arguments) : GrainCounter<variant>(arguments) {
     // The last sequences are counted first, so that those it begins with need not be counted twice.
     int grains = 0;
+    int fewest = max_length;  // in a tile
+    int most = 0;
 #pragma unroll 1
     for (int first = (problem().batch - 1) / 32 * 32; first >= 0; first -= 32) {
       count_ = this->count(first + lane());
       grains += this->warp_sum(count_.grains * units());
+      // Where a sequence has several tiles, 0: they are not alike.
+      const int of_tile = count_.tiles <= 1 ? count_.grains : 0;
+      if (count_.tiles > 0 && of_tile < fewest) fewest = of_tile;
+      if (of_tile > most) most = of_tile;
     }
-    shares_ = Shares(grains, gridDim.x);
+    fewest = __reduce_min_sync(~0U, fewest);
+    shares_ = Shares(grains, gridDim.x, fewest == __reduce_max_sync(~0U, most) ? fewest : 0);
     share_ = shares_.of(blockIdx.x);
     end_of_sequence_ = warp_prefix_sum(count_.grains * units());
   }
@@ -182,7 +189,9 @@ class SplitScheduler : GrainCounter<variant> {
       work.place = count.place;
       work.capacity = count.capacity;
       work.used = this->used_rows(count.place.lengths);
-      work.part = {};
+      work.shares = shares_;
+      work.grains = tile;
+      work.first_grain = share_.begin;
       if constexpr (variant.one_tile()) {
         work.first_query = 0;
         work.first_head = 0;
@@ -191,7 +200,6 @@ class SplitScheduler : GrainCounter<variant> {
     }
     if constexpr (!variant.one_tile()) this->find_keys(work);
     if (lane() == 0) {
-      if (room != taken || tile.begin != share_.begin) work.part = part_of(a_.cut, shares_, tile, share_.begin);
       const BlockRange blocks = blocks_of_grains(a_.cut, work.blocks, this->distance_of(count.place.lengths),
                                                  share_.begin - tile.begin, taken);
       work.blocks = blocks;

@@ -23,7 +23,12 @@ struct TileWork {
   KeyRange seen_by_all;  ///< keys that every row of the tile sees
   BlockRange blocks;     ///< of keys that some row of the tile sees, and that are this block's part of them
   BlockRange whole;      ///< those of them that every row of the tile sees whole
-  TilePart part;
+
+  // Where keys are shared out.
+  Shares shares;
+  Share grains;         ///< of the tile
+  int first_grain = 0;  ///< of this block's part
+  TilePart part;        ///< found by the loader
 };
 
 /// Finds the keys of tiles.
@@ -61,7 +66,6 @@ class TileFinder {
     work.place = problem().sequence(work.sequence);
     work.capacity = query_capacity(problem().queries, work.sequence);
     work.used = used_rows(work.place.lengths);
-    work.part = {};
   }
 
   /// The keys of a tile that is located: found by all lanes of a warp together, one row's for each.

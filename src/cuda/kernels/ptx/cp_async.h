@@ -1,11 +1,11 @@
 // Copies of 4, 8 or 16 bytes from global to shared memory, thread by thread, without registers (cp.async).
 #pragma once
 
-#include "ptx/shared.h"
+#include "ptx/mbarrier.h"
 
 namespace mate::cuda::ptx {
 
-/// Copies `bytes` bytes, or as many zeros where `inside` is false: nothing is read then.
+/// Copies `bytes` bytes, or as many zeros where `inside` is false: nothing is read then, wherever `global` points.
 template <int bytes>
 __device__ inline void copy_async(unsigned shared, const void* global, bool inside) {
   const int source_bytes = inside ? bytes : 0;
@@ -19,12 +19,12 @@ __device__ inline void copy_async(unsigned shared, const void* global, bool insi
   }
 }
 
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-/// Waits until at most `pending` of the committed groups of this thread are still on their way.
-template <int pending>
-__device__ inline void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+/// Arrives at the barrier, whose phase ends no sooner than the copies that this thread has started. Who waits for it
+/// needs a fence (fence_proxy_async) before products read what was copied.
+__device__ inline void arrive_after_copies(Mbarrier& barrier) {
+  // Makes the phase wait for one arrival more, which comes with the last copy.
+  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
+  barrier.arrive();
 }
 
 }  // namespace mate::cuda::ptx
