@@ -11,7 +11,7 @@ namespace mate {
 /// What a grain is.
 struct Cut {
   enum class Kind {
-    even,     ///< a block of keys; a worker that has several of one tile takes them as one part
+    even,     ///< `distance` blocks of keys; a worker that has several grains of one tile takes them as one part
     counted,  ///< one of `size` equal parts of a tile's blocks, each taken by itself
     aligned   ///< the blocks between two multiples of a sequence's own distance, each taken by itself
   };
@@ -39,20 +39,26 @@ constexpr int aligned_distance(const Lengths& lengths, int group, int block_keys
   return distance;
 }
 
+/// The distance of an even cut: a tile with few rows takes less time a block.
+constexpr int even_distance(bool few_rows) { return few_rows ? 2 : 1; }
+
 /// Grains of a tile that needs these blocks of keys. One that needs none is a grain too: its rows are written.
 constexpr int grains_of(const Cut& cut, BlockRange blocks, int distance) {
   const int size = blocks.size();
   if (size == 0) return 1;
   if (cut.kind == Cut::Kind::counted) return cut.size < size ? cut.size : size;
   if (cut.kind == Cut::Kind::aligned) return (blocks.end - 1) / distance - blocks.begin / distance + 1;
-  return size;
+  return (size - 1) / distance + 1;
 }
 
 /// The blocks of grains `first` .. `first + count` of a tile; count is 1 where single grains are taken.
 constexpr BlockRange blocks_of_grains(const Cut& cut, BlockRange blocks, int distance, int first, int count) {
   if (blocks.size() == 0) return blocks;
   if (cut.kind == Cut::Kind::counted) return blocks_of_split(blocks, first, grains_of(cut, blocks, distance));
-  if (cut.kind == Cut::Kind::even) return {blocks.begin + first, blocks.begin + first + count};
+  if (cut.kind == Cut::Kind::even) {
+    const int end = blocks.begin + (first + count) * distance;
+    return {blocks.begin + first * distance, end < blocks.end ? end : blocks.end};
+  }
   const long long begin = (static_cast<long long>(blocks.begin / distance) + first) * distance;
   const long long end = begin + distance;
   return {begin > blocks.begin ? static_cast<int>(begin) : blocks.begin,

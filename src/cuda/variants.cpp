@@ -99,9 +99,10 @@ ForwardVariant choose_variant(const VariantChoice& choice) {
     variant.block_keys = std::min(variant.block_keys, choose_variant(gathers).block_keys);
   }
   const int stage_bytes = variant.k_bytes() + variant.v_bytes();
-  if (choice.few_rows) {
+  if (choice.few_rows || choice.splits) {
     // Keys are a stream that has to flow on while a tile ends and the next begins.
-    const int stages = (tile_bytes - 2 * variant.q_bytes()) / stage_bytes;
+    const int q_stages = choice.few_rows ? 2 : 1;
+    const int stages = (tile_bytes - q_stages * variant.q_bytes()) / stage_bytes;
     variant.stages = std::clamp(stages, variant.stages, most_stages);
   }
   variant.q_stages = variant.stages * stage_bytes + 2 * variant.q_bytes() <= tile_bytes ? 2 : 1;
@@ -116,7 +117,7 @@ std::uint64_t key_of(const ForwardVariant& v) {
   append(v.head_dim_v, 10);
   append(v.warpgroups, 3);
   append(v.block_keys, 9);
-  append(v.stages, 3);
+  append(v.stages, 4);
   append(v.q_stages, 3);
   append(static_cast<int>(v.scores), 2);
   append(v.gather, 1);

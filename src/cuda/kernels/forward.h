@@ -39,14 +39,33 @@ class ForwardConsumer {
   static constexpr int keys = variant.block_keys;
 
   __device__ ForwardConsumer(const ForwardArguments& arguments, ForwardShared<variant>& shared, int group)
-      : a_(arguments), shared_(shared), group_(group), results_(arguments, group, shared.merges[group]) {}
+      : a_(arguments), shared_(shared), group_(group), results_(arguments, group, shared.merges) {}
 
-  /// The blocks of all tiles are one sequence: while the values of a tile's last block are multiplied, weights are made
-  /// of the first block of the next.
   __device__ void run() {
     if (variant.warpgroups > 1 && group_ == variant.warpgroups - 1) pass_turn();
     TilePlace tile;
-    if (!find_tile(tile)) return;
+    for (bool found = find_tile(tile); found;) {
+      if (!variant.splits || !is_idle(tile)) {
+        found = consume(tile);
+      } else {
+        skip(tile);
+        tile.advance();
+        found = find_tile(tile);
+      }
+    }
+  }
+
+ private:
+  using ScoreTile = float (&)[keys / 2];
+  using Sums = float (&)[variant.head_dim_v / 2];
+
+  using TilePlace = RingPlace<ForwardShared<variant>::work_stages>;
+
+  /// From this tile on, until one is found that is nothing to this consumer. Returns whether there is one, in `tile`.
+  ///
+  /// The blocks of all tiles are one sequence: while the values of a tile's last block are multiplied, weights are made
+  /// of the first block of the next.
+  __device__ bool consume(TilePlace& tile) {
     int n = work_of(tile).blocks.end - 1;
     float sums[variant.head_dim_v / 2] = {};
     float scores[keys / 2];
@@ -56,7 +75,9 @@ class ForwardConsumer {
 
     await_queries();
     await_keys();
+    const bool in_turn = begin_turn();
     start_scores(scores, query_matrix(), key_matrix());
+    if (in_turn) pass_turn();
     ptx::wgmma_wait<0>();
     ptx::hold(scores);
     release_keys();
@@ -89,11 +110,16 @@ class ForwardConsumer {
       }
       // A step to any block, perhaps the next tile's first.
       const bool last = n == work_of(tile).blocks.begin;
-      bool more = true;
+      bool more = true;    // there is a block for this consumer
+      bool skips = false;  // there is none of it in the next tile
       TilePlace next = tile;
       if (last) {
         next.advance();
         more = find_tile(next);
+        if constexpr (variant.splits) {
+          skips = more && is_idle(next);
+          more = more && !skips;
+        }
       }
       const OnlineSoftmax finished = softmax;
       bool rescales = false;
@@ -121,25 +147,40 @@ class ForwardConsumer {
         start_values(weights, sums, value_matrix());
         ptx::wgmma_wait<0>();
         ptx::hold(sums);
+        if (skips) release(shared_.v.empty[next_.before(1).stage()]);
       }
       if (last) {
         results_.write(work_of(tile), sums, finished);
         release_tile(tile);
-        if (!more) return;
+        tile = next;
+        if (!more) return skips;
 #pragma unroll
         for (float& sum : sums) sum = 0;
-        tile = next;
       } else if (__any_sync(~0U, rescales)) {
         scale_rows<variant.head_dim_v>(sums, rescale);
       }
     }
   }
 
- private:
-  using ScoreTile = float (&)[keys / 2];
-  using Sums = float (&)[variant.head_dim_v / 2];
+  /// Whether a tile has no rows for this consumer: decoding, in a batch that is not all decoding.
+  __device__ bool is_idle(TilePlace tile) const {
+    if (variant.warpgroups == 1 || group_ == 0) return false;
+    return place_of(a_, work_of(tile), group_ * 64).query >= work_of(tile).capacity;
+  }
 
-  using TilePlace = RingPlace<ForwardShared<variant>::work_stages>;
+  /// Lets the others have the blocks of a tile. It keeps in turn with them, or it would release buffers before their
+  /// time.
+  __device__ void skip(TilePlace tile) {
+    const BlockRange blocks = work_of(tile).blocks;
+#pragma unroll 1
+    for (int n = blocks.end - 1; n >= blocks.begin; --n) {
+      if (begin_turn()) pass_turn();
+      release_keys();
+      release_queries_at(tile, n);
+      release(shared_.v.empty[next_.before(1).stage()]);
+    }
+    release_tile(tile);
+  }
 
   __device__ const TileWork& work_of(TilePlace tile) const { return shared_.works[tile.stage()]; }
 
@@ -158,9 +199,11 @@ class ForwardConsumer {
 
   /// What the rows of this warp see, if some of it is to be hidden: found while registers are few, by a lane for each.
   __device__ void find_visible(const TileWork& work) {
-    const int lane = threadIdx.x % 32;
+    // It is not worth registers all along.
+    const int thread = ptx::known_only_here(threadIdx.x % 128);
+    const int lane = thread % 32;
     if (lane < 16 && (work.whole.begin > work.blocks.begin || work.whole.end < work.blocks.end)) {
-      const int row = group_ * 64 + threadIdx.x % 128 / 32 * 16 + lane;
+      const int row = group_ * 64 + thread / 32 * 16 + lane;
       const int query = min(place_of(a_, work, row).query, work.used - 1);
       shared_.visible[row] = visible_keys(a_.problem.mask, work.place.lengths, query);
     }
@@ -251,6 +294,13 @@ class ForwardConsumer {
     for (int i = 0; i < keys / 4; ++i) weights[i] = pack<variant.element>(scores[2 * i], scores[2 * i + 1]);
   }
 
+  /// Waits for this consumer's turn. The first block of all is everybody's at once: then there is none, and false.
+  __device__ bool begin_turn() {
+    if constexpr (variant.warpgroups == 1 || !variant.splits) return false;
+    const bool in_turn = !next_.is_first();
+    if (in_turn) await_turn();
+    return in_turn;
+  }
   __device__ void await_turn() const { ptx::barrier_sync(first_turn_barrier + group_, 256); }
   __device__ void pass_turn() const {
     ptx::barrier_arrive(first_turn_barrier + (group_ + 1) % variant.warpgroups, 256);

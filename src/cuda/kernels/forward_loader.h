@@ -31,8 +31,8 @@ class ForwardLoader {
 
   /// Consumers that are done with a block wait for the keys of the next, be there one or not.
   __device__ void announce_no_more() {
-    shared_.k.empty[k_.stage()].wait(k_.parity() ^ 1);
-    if (variant.gather || first_lane()) shared_.k.full[k_.stage()].arrive();
+    shared_.k.empty[next_.stage()].wait(next_.parity() ^ 1);
+    if (variant.gather || first_lane()) shared_.k.full[next_.stage()].arrive();
   }
 
   using Bits = unsigned short;
@@ -87,6 +87,7 @@ class ForwardLoader {
     KeyPlaces next = locate(work, n - 1);
     if (loads_keys()) {
       load_k(work, n, places);
+      next_.advance();
       load_q(work);
     }
     if constexpr (variant.splits) {
@@ -98,8 +99,18 @@ class ForwardLoader {
 #pragma unroll 1
     for (;; --n) {
       const KeyPlaces after = locate(work, n - 2);  // pages are looked up two steps ahead
-      if (n > begin && loads_keys()) load_k(work, n - 1, next);
-      if (loads_values()) load_v(work, n, places);
+      if (n > begin && loads_keys()) {
+        load_k(work, n - 1, next);
+        next_.advance();
+      }
+      if (loads_values()) {
+        if constexpr (variant.gather) {
+          load_v(work, n, places, next_.before(n > begin ? 2 : 1));
+        } else {
+          load_v(work, n, places, next_);
+          next_.advance();
+        }
+      }
       if (n == begin) break;
       places = next;
       next = after;
@@ -148,21 +159,20 @@ class ForwardLoader {
   }
 
   __device__ void load_k(const TileWork& work, int n, const KeyPlaces& places) {
-    shared_.k.empty[k_.stage()].wait(k_.parity() ^ 1);
-    unsigned char* const tile = shared_.k_tiles[k_.stage()].rows;
-    ptx::Mbarrier& full = shared_.k.full[k_.stage()];
+    shared_.k.empty[next_.stage()].wait(next_.parity() ^ 1);
+    unsigned char* const tile = shared_.k_tiles[next_.stage()].rows;
+    ptx::Mbarrier& full = shared_.k.full[next_.stage()];
     if constexpr (variant.gather) {
       gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
     } else {
       fetch<variant.head_dim>(tile, a_.k, full, variant.k_bytes(), work.head_k, places);
     }
-    k_.advance();
   }
 
-  __device__ void load_v(const TileWork& work, int n, const KeyPlaces& places) {
-    shared_.v.empty[v_.stage()].wait(v_.parity() ^ 1);
-    unsigned char* const tile = shared_.v_tiles[v_.stage()].rows;
-    ptx::Mbarrier& full = shared_.v.full[v_.stage()];
+  __device__ void load_v(const TileWork& work, int n, const KeyPlaces& places, RingPlace<variant.stages> place) {
+    shared_.v.empty[place.stage()].wait(place.parity() ^ 1);
+    unsigned char* const tile = shared_.v_tiles[place.stage()].rows;
+    ptx::Mbarrier& full = shared_.v.full[place.stage()];
     if constexpr (variant.gather) {
       gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile, full);
     } else {
@@ -170,7 +180,6 @@ class ForwardLoader {
       fetch<variant.head_dim_v>(tile, a_.v, clears ? shared_.v_fetched : full, variant.v_bytes(), work.head_k, places);
       if (clears) clear_unseen(work, n, tile, full);
     }
-    v_.advance();
   }
 
   /// Values that no row of the sequence sees must not meet weights of 0, since they may be NaN.
@@ -225,7 +234,7 @@ class ForwardLoader {
   Gather gather_;
   RingPlace<ForwardShared<variant>::work_stages> work_;
   RingPlace<variant.q_stages> q_;
-  RingPlace<variant.stages> k_, v_;
+  RingPlace<variant.stages> next_;  ///< of the blocks that this warp fetches: where it fetches both, of the keys
   unsigned v_fetched_parity_ = 0;
 };
 

@@ -21,8 +21,8 @@ class ResultWriter {
  public:
   using Sums = float (&)[variant.head_dim_v / 2];
 
-  /// `is_last` is in shared memory, this consumer's own.
-  __device__ ResultWriter(const ForwardArguments& arguments, int group, int& is_last)
+  /// `is_last` is in shared memory, and has room for each consumer.
+  __device__ ResultWriter(const ForwardArguments& arguments, int group, int* is_last)
       : a_(arguments), group_(group), is_last_(is_last) {}
 
   /// Of a tile, or a part of one, whose keys have all been seen.
@@ -84,10 +84,10 @@ class ResultWriter {
       int* const done = a_.counters + work.part.counter * variant.warpgroups + group_;
       const bool last = ptx::add_and_synchronize(done, work.part.reported) == work.part.count - work.part.reported;
       if (last) *done = 0;
-      is_last_ = last;
+      is_last_[group_] = last;
     }
     await_warpgroup();
-    return is_last_;
+    return is_last_[group_];
   }
 
   /// The warps of this warpgroup merge the parts of its rows, each a row at a time.
@@ -131,7 +131,7 @@ class ResultWriter {
 
   const ForwardArguments& a_;
   int group_;
-  int& is_last_;
+  int* is_last_;
 };
 
 }  // namespace mate::cuda

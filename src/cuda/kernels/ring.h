@@ -24,8 +24,11 @@ class RingPlace {
  public:
   __device__ int stage() const { return static_cast<int>(count_ % stages); }
   __device__ unsigned parity() const { return count_ / stages % 2; }
+  __device__ bool is_first() const { return count_ == 0; }
   __device__ bool is_odd() const { return count_ % 2 != 0; }
   __device__ void advance() { ++count_; }
+  /// The same place, whose stage is computed anew: for code with few registers.
+  __device__ RingPlace again() const { return RingPlace(ptx::known_only_here(static_cast<int>(count_))); }
   __device__ RingPlace before(int count) const { return RingPlace(count_ - count); }
 
   RingPlace() = default;

@@ -32,7 +32,7 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
         __syncwarp();
       }
       if (rehearses) break;
-      if (first_lane()) shared.work.full[place.stage()].arrive();
+      if (first_lane()) shared.work.full[place.again().stage()].arrive();
       if (!found) return;
     }
     ptx::await_earlier_kernels();

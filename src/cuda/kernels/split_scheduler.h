@@ -19,13 +19,16 @@ class GrainCounter : public TileFinder<variant> {
 
   __device__ static int warp_sum(int x) { return __reduce_add_sync(~0U, x); }
 
-  __device__ int distance_of(const Lengths& lengths) const {
-    return a_.cut.kind == Cut::Kind::aligned ? aligned_distance(lengths, problem().group(), variant.block_keys) : 1;
+  __device__ int distance_of(const Lengths& lengths, int capacity, int tile) const {
+    if (a_.cut.kind == Cut::Kind::aligned) return aligned_distance(lengths, problem().group(), variant.block_keys);
+    if constexpr (variant.one_tile()) return 1;
+    // Half a tile is one consumer's: the others skip it.
+    return even_distance((capacity * a_.pack - tile * a_.tile_rows) * 2 <= variant.tile_rows());
   }
 
-  __device__ int grains_of_tile(const Lengths& lengths, int tile) const {
+  __device__ int grains_of_tile(const Lengths& lengths, int capacity, int tile) const {
     const BlockRange blocks = this->blocks_of_tile(lengths, this->used_rows(lengths), tile);
-    return grains_of(a_.cut, blocks, distance_of(lengths));
+    return grains_of(a_.cut, blocks, distance_of(lengths, capacity, tile));
   }
 
   /// What there is to do for a sequence.
@@ -89,13 +92,14 @@ class GrainCounter : public TileFinder<variant> {
       }
       blocks = blocks_of_keys(this->tiling(), keys_of_some_row(count.first, count.last));
     }
-    count.grains = grains_of(a_.cut, blocks, distance_of(lengths));
+    count.grains = grains_of(a_.cut, blocks, distance_of(lengths, count.capacity, 0));
   }
 
   __device__ void count_tiles(Count& count) const {
     if (count.tiles <= few_tiles) {
 #pragma unroll 1
-      for (int tile = 0; tile < count.tiles; ++tile) count.grains += grains_of_tile(count.place.lengths, tile);
+      for (int tile = 0; tile < count.tiles; ++tile)
+        count.grains += grains_of_tile(count.place.lengths, count.capacity, tile);
     }
 #pragma unroll 1
     for (unsigned long_ones = __ballot_sync(~0U, count.tiles > few_tiles); long_ones != 0; long_ones &= long_ones - 1) {
@@ -103,7 +107,8 @@ class GrainCounter : public TileFinder<variant> {
       const Count theirs = from(count, source);
       int grains = 0;
 #pragma unroll 1
-      for (int tile = lane(); tile < theirs.tiles; tile += 32) grains += grains_of_tile(theirs.place.lengths, tile);
+      for (int tile = lane(); tile < theirs.tiles; tile += 32)
+        grains += grains_of_tile(theirs.place.lengths, theirs.capacity, tile);
       grains = warp_sum(grains);
       if (lane() == source) count.grains = grains;
     }
@@ -116,22 +121,24 @@ class SplitScheduler : GrainCounter<variant> {
  public:
   __device__ explicit SplitScheduler(const ForwardArguments& arguments) : GrainCounter<variant>(arguments) {
     // The last sequences are counted first, so that those it begins with need not be counted twice.
-    int grains = 0;
     int fewest = max_length;  // in a tile
     int most = 0;
 #pragma unroll 1
     for (int first = (problem().batch - 1) / 32 * 32; first >= 0; first -= 32) {
       count_ = this->count(first + lane());
-      grains += this->warp_sum(count_.grains * units());
+      grains_of_unit_ += this->warp_sum(count_.grains);
       // Where a sequence has several tiles, 0: they are not alike.
       const int of_tile = count_.tiles <= 1 ? count_.grains : 0;
       if (count_.tiles > 0 && of_tile < fewest) fewest = of_tile;
       if (of_tile > most) most = of_tile;
     }
     fewest = __reduce_min_sync(~0U, fewest);
-    shares_ = Shares(grains, gridDim.x, fewest == __reduce_max_sync(~0U, most) ? fewest : 0);
+    shares_ = Shares(grains_of_unit_ * units(), gridDim.x, fewest == __reduce_max_sync(~0U, most) ? fewest : 0);
     share_ = shares_.of(blockIdx.x);
-    end_of_sequence_ = warp_prefix_sum(count_.grains * units());
+    if (share_.begin < share_.end) {
+      unit_ = static_cast<int>(static_cast<unsigned>(share_.begin) / static_cast<unsigned>(grains_of_unit_));
+    }
+    end_of_sequence_ = unit_ * grains_of_unit_ + warp_prefix_sum(count_.grains);
   }
 
   /// Writes the next piece to `work`. Returns whether there was one.
@@ -166,17 +173,20 @@ class SplitScheduler : GrainCounter<variant> {
     unsigned beyond = 0;
 #pragma unroll 1
     while ((beyond = __ballot_sync(~0U, end_of_sequence_ > share_.begin)) == 0) {
-      const int end = __shfl_sync(~0U, end_of_sequence_, 31);
+      const int begin = __shfl_sync(~0U, end_of_sequence_, 31);
       first_sequence_ += 32;
-      count_ = this->count(first_sequence_ + lane());
-      end_of_sequence_ = end + warp_prefix_sum(count_.grains * units());
+      if (first_sequence_ >= problem().batch) {
+        first_sequence_ = 0;
+        ++unit_;
+      }
+      if (problem().batch > 32) count_ = this->count(first_sequence_ + lane());
+      end_of_sequence_ = begin + warp_prefix_sum(count_.grains);
     }
     const int found = __ffs(beyond) - 1;
     const Count count = this->from(count_, found);
-    const int begin = __shfl_sync(~0U, end_of_sequence_, found) - count.grains * units();
-    const int unit =
-        static_cast<int>(static_cast<unsigned>(share_.begin - begin) / static_cast<unsigned>(count.grains));
-    Share tile{begin + unit * count.grains, begin + (unit + 1) * count.grains};
+    Share tile;
+    tile.end = __shfl_sync(~0U, end_of_sequence_, found);
+    tile.begin = tile.end - count.grains;
     int index = 0;
     if constexpr (!variant.one_tile()) index = count.tiles == 1 ? 0 : find_tile(count, tile);
     const int room = tile.end - share_.begin;
@@ -184,7 +194,7 @@ class SplitScheduler : GrainCounter<variant> {
     const int taken = a_.cut.takes_single_grains() ? 1 : room < left ? room : left;
     if (lane() == 0) {
       work.sequence = first_sequence_ + found;
-      work.unit = unit;
+      work.unit = unit_;
       work.tile = index;
       work.place = count.place;
       work.capacity = count.capacity;
@@ -200,8 +210,9 @@ class SplitScheduler : GrainCounter<variant> {
     }
     if constexpr (!variant.one_tile()) this->find_keys(work);
     if (lane() == 0) {
-      const BlockRange blocks = blocks_of_grains(a_.cut, work.blocks, this->distance_of(count.place.lengths),
-                                                 share_.begin - tile.begin, taken);
+      const BlockRange blocks =
+          blocks_of_grains(a_.cut, work.blocks, this->distance_of(count.place.lengths, count.capacity, index),
+                           share_.begin - tile.begin, taken);
       work.blocks = blocks;
       if (work.whole.begin < blocks.begin) work.whole.begin = blocks.begin;
       if (work.whole.end > blocks.end) work.whole.end = blocks.end;
@@ -216,7 +227,7 @@ class SplitScheduler : GrainCounter<variant> {
 #pragma unroll 1
     for (int first = 0;; first += 32) {
       const int tile = count.tiles - 1 - (first + lane());
-      const int grains = tile >= 0 ? this->grains_of_tile(count.place.lengths, tile) : 0;
+      const int grains = tile >= 0 ? this->grains_of_tile(count.place.lengths, count.capacity, tile) : 0;
       const int end = begin + warp_prefix_sum(grains);
       const unsigned beyond = __ballot_sync(~0U, end > share_.begin);
       if (beyond != 0) {
@@ -231,6 +242,10 @@ class SplitScheduler : GrainCounter<variant> {
 
   Shares shares_;
   Share share_;  ///< what is left of this block's
+  // Grains are counted unit by unit, so that heads of one sequence, whose rows are neighbours in memory, are read by
+  // several blocks of threads at the same time rather than by one of them one after another.
+  int grains_of_unit_ = 0;
+  int unit_ = 0;
   int first_sequence_ = 0;
   Count count_;              ///< of this lane's sequence, among the 32 from first_sequence_ on
   int end_of_sequence_ = 0;  ///< grain with which it ends
