@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --only prefill host      # these tables
     python benchmarks/gpu.py --json figures.json --pictures docs/images
 
-Peers: cuDNN, by PyTorch's scaled_dot_product_attention, and FlashAttention-3, where the variable FA3_LIBRARY names the
-shared library of vLLM's build of it (`vllm/vllm_flash_attn/_vllm_fa3_C*.so` of vLLM's wheel). What a peer refuses has
-no figure.
+Peers: cuDNN, by PyTorch's scaled_dot_product_attention, FlashAttention-3, where the variable FA3_LIBRARY names the
+shared library of vLLM's build of it (`vllm/vllm_flash_attn/_vllm_fa3_C*.so` of vLLM's wheel), and FlashInfer where it
+can be imported. What a peer refuses has no figure.
 
 The tables go to stdout, in Markdown. All contenders of a row take turns, each with a cold L2 cache, timed by events on
 the stream; the median counts. `ratio` is how many times faster MATE is than its best peer.
@@ -17,64 +17,27 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import itertools
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_cache
 import torch
-from measure import Case, Contender, Effort, Group, figure, markdown_table, seconds_of
-from shapes import heads_label, heads_last, visible_pairs
+from gpu_peers import cudnn, flash_attention_3, takes
+from gpu_timing import events_seconds, issue_seconds
+from measure import Case, Contender, Effort, Group, figure, markdown_table
+from shapes import heads_label, heads_last, random_on_gpu, visible_pairs
 from tables import group_figures, measured, parse_options, write_json
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 import mate
 
 TOKENS = 16384
 HIDDEN = 2048
-# More than the L2 cache of any GPU holds.
-FLUSH_BYTES = 2**28
-SAMPLES = 8  # of a contender in a round
-
-
-class FlashAttention3:
-    """vLLM's build of FlashAttention-3, which takes ragged batches."""
-
-    def __init__(self, library: Path) -> None:
-        torch.ops.load_library(str(library))
-        self._forward = torch.ops._vllm_fa3_C.fwd
-
-    def varlen(
-        self, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, causal: bool, window: int = -1
-    ) -> Tensor:
-        lengths = [ends, ends, None, None, None, longest, longest]
-        cache = [None] * 6  # page table, index and left padding, rotary tables
-        scales = [None] * 3
-        scale = q.shape[-1] ** -0.5
-        right = 0 if causal else -1
-        options = [scale, causal, window, right, 0.0, True, None, 1, None, 0, None, 1, 0, None]
-        return self._forward(q, k, v, None, None, None, None, *lengths, *cache, *scales, *options)[0]
-
-    def dense(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = -1) -> Callable[[], Tensor]:
-        batch, length = q.shape[:2]
-        ends = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * length
-        rows = [x.flatten(0, 1) for x in (q, k, v)]
-        return lambda: self.varlen(*rows, ends, length, causal, window).unflatten(0, (batch, length))
-
-
-@functools.cache
-def flash_attention_3() -> FlashAttention3 | None:
-    library = os.environ.get("FA3_LIBRARY")
-    return FlashAttention3(Path(library)) if library else None
 
 
 def groups() -> list[Group]:
@@ -148,6 +111,7 @@ def groups() -> list[Group]:
             "Calls are issued without waiting for the GPU.",
             issue_seconds,
         ),
+        *gpu_cache.groups(),
     ]
 
 
@@ -167,9 +131,9 @@ def prefill(
     """As many queries as keys; `window` is how many keys before its own a query sees, if not negative."""
 
     def contenders() -> list[Contender]:
-        q = random_tensor(batch, length, heads_q, head_dim)
-        k = random_tensor(batch, length, heads_k, head_dim)
-        v = random_tensor(batch, length, heads_k, head_dim_v)
+        q = random_on_gpu(batch, length, heads_q, head_dim)
+        k = random_on_gpu(batch, length, heads_k, head_dim)
+        v = random_on_gpu(batch, length, heads_k, head_dim_v)
         size = (window, 0) if window >= 0 else (-1, -1)
         entrants = [Contender("MATE", lambda: mate.flash_attn_func(q, k, v, causal=causal, window_size=size))]
         if (fa3 := flash_attention_3()) is not None:
@@ -194,7 +158,7 @@ def ragged(name: str, lengths: list[int], causal: bool) -> Case:
     heads_q, heads_k, head_dim = 32, 8, 128
 
     def contenders() -> list[Contender]:
-        q, k, v = (random_tensor(sum(lengths), heads, head_dim) for heads in (heads_q, heads_k, heads_k))
+        q, k, v = (random_on_gpu(sum(lengths), heads, head_dim) for heads in (heads_q, heads_k, heads_k))
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
         longest = max(lengths)
         entrants = [
@@ -208,69 +172,8 @@ def ragged(name: str, lengths: list[int], causal: bool) -> Case:
     return Case(labels, 4 * heads_q * head_dim * sum(visible_pairs(n, causal) for n in lengths), contenders)
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[], Tensor]:
-    q_t, k_t, v_t = (x.transpose(1, 2) for x in (q, k, v))
-
-    def call() -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(q_t, k_t, v_t, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2])
-
-    return call
-
-
-def takes(contender: Contender) -> bool:
-    """Whether a peer takes the call: not each takes every head size."""
-    try:
-        contender.call()
-    except RuntimeError:
-        return False
-    return True
-
-
-def random_tensor(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
-
-
 def random_lengths(count: int, low: int, high: int) -> list[int]:
     return torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(1)).tolist()
-
-
-# How time is taken.
-
-
-def events_seconds(calls: dict[str, Callable[[], object]], effort: Effort) -> dict[str, float]:
-    """The median time of each call on the stream, each with a cold L2 cache; the calls take turns."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-    started = time.perf_counter()
-    for _ in range(effort.rounds):
-        for name, call in calls.items():
-            call()
-            for _ in range(SAMPLES):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                flush.zero_()
-                start.record()
-                call()
-                end.record()
-                events[name].append((start, end))
-            torch.cuda.synchronize()
-        if time.perf_counter() - started > effort.case_s:
-            break
-    return {
-        name: statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3 for name, pairs in events.items()
-    }
-
-
-def issue_seconds(calls: dict[str, Callable[[], object]], effort: Effort) -> dict[str, float]:
-    """The least mean time of issuing a call, so few at once that the GPU's queue does not fill."""
-    repetitions = 50
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(4 * effort.rounds):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            best[name] = min(best[name], seconds_of(call, repetitions) / repetitions)
-    torch.cuda.synchronize()
-    return best
 
 
 # The first call of a kind, in processes of their own.
@@ -330,7 +233,7 @@ def headline(about: dict[str, Any]) -> str:
 def matrix_product(effort: Effort) -> float:
     """TFLOP/s of PyTorch's bf16 product: what this GPU allows."""
     size = 8192
-    a, b = random_tensor(size, size), random_tensor(size, size)
+    a, b = random_on_gpu(size, size), random_on_gpu(size, size)
     return 2 * size**3 / events_seconds({"product": lambda: a @ b}, effort)["product"] / 1e12
 
 

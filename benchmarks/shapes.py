@@ -1,10 +1,15 @@
 """What the rows of the benchmarks have in common."""
 
+import torch
 from torch import Tensor
 
 
 def heads_last(out: Tensor) -> Tensor:
     return out.transpose(1, 2)
+
+
+def random_on_gpu(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
 
 
 def heads_label(heads_q: int, heads_k: int) -> str:

@@ -2,12 +2,14 @@
 
     python examples/generate.py
     python examples/generate.py --tokens 128 --prompts "Why is the sky blue?" "What is gravity?"
+    python examples/generate.py --device cuda
 
 Requests arrive while others are being answered. Every step runs the model once, on a ragged batch: one token
 of each answer, and a piece of each prompt that is still being read. All keys and values live in one paged
 cache; a request owns some of its pages while it runs and gives them back when it is done. In each layer a
 single call of `flash_attn_with_kvcache` rotates the new queries and keys, writes the new keys and values into
-their pages, and attends to everything that each request has seen so far.
+their pages, and attends to everything that each request has seen so far. On a GPU the steps in which nothing
+but answers grows are replays of a CUDA graph, captured the first time that so many requests are answered.
 
 Then the same model answers through Transformers' own `generate`, with attn_implementation="mate".
 
@@ -85,8 +87,22 @@ class PagedCache:
         request.pages = []
 
     def page_table(self, requests: Sequence[Request]) -> list[list[int]]:
-        width = max(len(request.pages) for request in requests)
-        return [request.pages + [0] * (width - len(request.pages)) for request in requests]
+        """As wide as a request could need, so that captured graphs serve all requests."""
+        return [request.pages + [0] * (self.num_pages - len(request.pages)) for request in requests]
+
+
+@dataclasses.dataclass
+class Step:
+    """What the model reads in one step, as tensors on its device."""
+
+    tokens: torch.Tensor
+    cu_seqlens: torch.Tensor  # where each request's tokens begin and end
+    cache_seqlens: torch.Tensor  # how many tokens each has in the cache already
+    page_table: torch.Tensor
+    most_tokens: int  # of one request
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.tokens, self.cu_seqlens, self.cache_seqlens, self.page_table
 
 
 class PagedLlama:
@@ -98,6 +114,9 @@ class PagedLlama:
         cos, sin = model.model.rotary_emb(model.lm_head.weight, positions)
         half = self.config.head_dim // 2  # Transformers has each angle twice, for both dimensions of a pair
         self.rotary_cos, self.rotary_sin = cos[0, :, :half], sin[0, :, :half]
+        # By the number of requests: a captured step in which each gets one token, and where its logits appear.
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Step, torch.Tensor]] = {}
+        self.replays = 0
 
     @torch.inference_mode()
     def __call__(self, requests: Sequence[Request], counts: Sequence[int]) -> torch.Tensor:
@@ -107,26 +126,46 @@ class PagedLlama:
             for request, count in zip(requests, counts)
             for token in request.tokens[request.cached : request.cached + count]
         ]
-        ends = list(itertools.accumulate(counts))
-        cu_seqlens = self._int32([0, *ends])
-        batch = {
-            "cu_seqlens_q": cu_seqlens,
-            "max_seqlen_q": max(counts),
-            "cu_seqlens_k_new": cu_seqlens,
-            "cache_seqlens": self._int32([request.cached for request in requests]),
-            "page_table": self._int32(self.cache.page_table(requests)),
-        }
-        hidden = self.model.model.embed_tokens(self._int32(tokens))
-        for layer, (k_pages, v_pages) in zip(self.model.model.layers, self.cache.layers):
-            normed = layer.input_layernorm(hidden)
-            hidden = hidden + self._attend(layer.self_attn, normed, k_pages, v_pages, batch)
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        step = Step(
+            tokens=self._int32(tokens),
+            cu_seqlens=self._int32([0, *itertools.accumulate(counts)]),
+            cache_seqlens=self._int32([request.cached for request in requests]),
+            page_table=self._int32(self.cache.page_table(requests)),
+            most_tokens=max(counts),
+        )
+        only_answers = step.most_tokens == 1 and step.tokens.is_cuda
+        logits = self._replay(step) if only_answers else self._forward(step)
         for request, count in zip(requests, counts):
             request.cached += count
-        last_tokens = hidden[[end - 1 for end in ends]]
+        return logits
+
+    def _forward(self, step: Step) -> torch.Tensor:
+        hidden = self.model.model.embed_tokens(step.tokens)
+        for layer, (k_pages, v_pages) in zip(self.model.model.layers, self.cache.layers):
+            normed = layer.input_layernorm(hidden)
+            hidden = hidden + self._attend(layer.self_attn, normed, k_pages, v_pages, step)
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        last_tokens = hidden[step.cu_seqlens[1:] - 1]
         return self.model.lm_head(self.model.model.norm(last_tokens))
 
-    def _attend(self, attention, hidden, k_pages, v_pages, batch) -> torch.Tensor:
+    def _replay(self, step: Step) -> torch.Tensor:
+        size = len(step.tokens)
+        if size not in self.graphs:
+            # Whatever runs for the first time is compiled, which has no place in a graph. The step may run twice: it
+            # writes the same rows of the cache.
+            self._forward(step)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self._forward(step)
+            self.graphs[size] = graph, step, logits
+        graph, captured, logits = self.graphs[size]
+        for target, source in zip(captured.tensors(), step.tensors()):
+            target.copy_(source)
+        graph.replay()
+        self.replays += 1
+        return logits.clone()  # the next replay overwrites them
+
+    def _attend(self, attention, hidden, k_pages, v_pages, step: Step) -> torch.Tensor:
         heads = (hidden.shape[0], -1, self.config.head_dim)
         out = mate.flash_attn_with_kvcache(
             attention.q_proj(hidden).view(heads),
@@ -139,7 +178,11 @@ class PagedLlama:
             rotary_interleaved=False,  # in Transformers' weights dimension i is paired with i + half
             softmax_scale=attention.scaling,
             causal=True,
-            **batch,
+            cu_seqlens_q=step.cu_seqlens,
+            max_seqlen_q=step.most_tokens,
+            cu_seqlens_k_new=step.cu_seqlens,
+            cache_seqlens=step.cache_seqlens,
+            page_table=step.page_table,
         )
         return attention.o_proj(out.flatten(1))
 
@@ -199,9 +242,10 @@ def run_paged(model, tokenizer, prompts: Sequence[str], max_new_tokens: int) -> 
     longest = max(request.length_limit for request in requests)
     cache = PagedCache(model.config, REQUESTS_IN_CACHE * -(-longest // PAGE_SIZE), like=model.lm_head.weight)
 
+    llama = PagedLlama(model, cache)
     started = time.perf_counter()
     with smollm2.without_pytorch_attention():
-        generate(PagedLlama(model, cache), requests, tokenizer.eos_token_id)
+        generate(llama, requests, tokenizer.eos_token_id)
     seconds = time.perf_counter() - started
 
     for request in requests:
@@ -209,6 +253,8 @@ def run_paged(model, tokenizer, prompts: Sequence[str], max_new_tokens: int) -> 
         print(f"\n> {request.prompt}\n{answer}")
     print()
     answers = [(request.tokens, request.logits) for request in requests]
+    if llama.replays:
+        print(f"{llama.replays} steps were replays of {len(llama.graphs)} CUDA graphs.")
     smollm2.print_speed(answers, seconds)
     return smollm2.agrees_with_pytorch(model, answers)
 

@@ -74,12 +74,13 @@ def run(*command):
     )
 
 
-def test_generate():
-    done = run(str(EXAMPLES / "generate.py"), "--tokens", "8", "--prompts", *PROMPTS)
+def test_generate(device):
+    done = run(str(EXAMPLES / "generate.py"), "--device", device, "--tokens", "8", "--prompts", *PROMPTS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The capital of France is Paris." in done.stdout
     assert done.stdout.count("tokens per second") == 2
-    assert "16 of 16 greedy tokens are the same" in done.stdout
+    assert ("16 of 16 greedy tokens are the same" in done.stdout) or device != "cpu"
+    assert ("replays of" in done.stdout) == (device != "cpu")
     assert "MATE and PyTorch agree." in done.stdout
 
 
