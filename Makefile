@@ -12,7 +12,7 @@ LIBRARY := python/mate/_lib/libmate_python.so
 ON_GPU = PYTHONPATH=python$(if $(PYTHONPATH),:$(PYTHONPATH)) $(if $(GPU_PYTHON),PATH="$(CALLERS_PATH)" $(GPU_PYTHON),python)
 CXX_FILES = git ls-files --cached --others --exclude-standard -- '*.h' '*.cpp'
 
-.PHONY: help demo test cpp-test python-test test-gpu sanitize-gpu gpu-setup build bench-cpu bench-gpu bench-compile install
+.PHONY: help demo demo-gpu test cpp-test python-test test-gpu sanitize-gpu gpu-setup build bench-cpu bench-gpu bench-compile install
 .PHONY: wheel lint format clean
 
 help: ## List the commands
@@ -22,6 +22,10 @@ demo: ## A language model writes text with all its attention done by MATE
 	@scripts/setup demo
 	@$(MAKE) install
 	python examples/generate.py
+
+demo-gpu: $(LIBRARY) ## The same on an NVIDIA GPU (GPU_PYTHON=python3 uses that Python and its PyTorch, not .venv)
+	@$(if $(GPU_PYTHON),,scripts/setup demo)
+	$(ON_GPU) examples/generate.py --device cuda
 
 test: ## Every test: C++ under sanitizers and in release, then Python
 	@$(MAKE) cpp-test
@@ -38,7 +42,7 @@ python-test: ## The Python tests, on the installed packages
 	@$(MAKE) install
 	pytest -q
 
-test-gpu: gpu-setup $(LIBRARY) ## The tests on an NVIDIA GPU (GPU_PYTHON=python3 uses that Python and its PyTorch, not .venv)
+test-gpu: gpu-setup $(LIBRARY) ## The tests on an NVIDIA GPU; likewise
 	MATE_TEST_DEVICE=cuda $(ON_GPU) -m pytest -q
 
 sanitize-gpu: gpu-setup $(LIBRARY) ## compute-sanitizer's four tools over small calls on an NVIDIA GPU; likewise

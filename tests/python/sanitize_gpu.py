@@ -35,6 +35,7 @@ KINDS = (
     Kind(256, 256, torch.float16),
 )
 CALLS_OF_KIND = 8
+ROTARY = ("rotary_cos", "rotary_sin", "rotary_interleaved")
 SEED = int(os.environ.get("MATE_SEED", "1"))
 
 
@@ -45,7 +46,7 @@ def calls() -> list[Call]:
         seeds = itertools.count(SEED * 1_000_003 + number * 1000)
         drawn = (draw(seed, kinds=[kind]) for seed in seeds)
         with_rows = (call for call in drawn if call.normalised.q.numel() > 0)
-        chosen = [several_tiles(kind, causal=False), several_tiles(kind, causal=True), decoding(kind)]
+        chosen = [several_tiles(kind, causal=False), several_tiles(kind, causal=True), decoding(kind), mixed(kind)]
         chosen += itertools.islice(with_rows, CALLS_OF_KIND - len(chosen))
         for call in chosen[::2]:
             call.arguments["sm_margin"] = 10_000
@@ -80,6 +81,19 @@ def decoding(kind: Kind) -> Call:
     return Call(
         "flash_attn_with_kvcache", {**arguments, "causal": True, "softcap": softcap, "return_softmax_lse": True}
     )
+
+
+def mixed(kind: Kind) -> Call:
+    """A call that reads a prompt and decodes other sequences."""
+    call = decoding(kind)
+    numbers = torch.Generator().manual_seed(SEED)
+    counts = torch.tensor([1, 150, 1, 1, 0, 1], dtype=torch.int32)
+    ends = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    arguments = {name: value for name, value in call.arguments.items() if name not in ("k", "v", *ROTARY)}
+    arguments["q"] = torch.randn((int(ends[-1]), 4, kind.head_size), generator=numbers).to(kind.dtype)
+    arguments["page_table"] = torch.randint(50, (len(counts), 25), generator=numbers, dtype=torch.int32)
+    arguments["cache_seqlens"] = torch.tensor([390, 200, 5, 17, 100, 64], dtype=torch.int32)
+    return Call(call.function, {**arguments, "cu_seqlens_q": ends, "max_seqlen_q": 150})
 
 
 def moved(x: torch.Tensor, device: Any, storages: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -78,6 +78,17 @@ def appending(make: Callable[..., Call] = paged, rows: int = 3, **options: Any) 
     return make((400, 64, 129, 0), rows, **new, **rotary, **options)
 
 
+def mixed(counts: tuple, make: Callable[..., Call] = paged, **options: Any) -> Call:
+    """Some sequences are read and others decoded: so many queries of each."""
+    call = make(tuple(random.randrange(count, 512) for count in counts), **options)
+    ragged_queries = {
+        "q": randn(sum(counts), 8, 64),
+        "cu_seqlens_q": torch.nn.functional.pad(int32(*counts).cumsum(0, dtype=torch.int32), (1, 0)),
+        "max_seqlen_q": max(counts),
+    }
+    return Call(call.function, {**call.arguments, **ragged_queries})
+
+
 MAKERS = [normal, ragged, cached, paged, appending]
 
 
@@ -238,6 +249,20 @@ def test_every_gpu_of_the_machine(mate: ModuleType, device: str) -> None:
         arguments = {name: x.to(i) if isinstance(x, torch.Tensor) else x for name, x in call.arguments.items()}
         got = Call(call.function, arguments).run(mate)  # while another GPU is the current one
         assert same_bits([x.to(device) for x in got], want)
+
+
+@pytest.mark.parametrize("margin", [0, 100, 10_000])
+@pytest.mark.parametrize("make", [cached, paged])
+@pytest.mark.parametrize(
+    "counts",
+    [(300, *[1] * 9), ([*[1] * 9, 300]), (1, 1, 150, 0, 1, 17, 400, 1, 1, 0, 1, 16, 1), (1, 400, *[2] * 40, 129, 1)],
+)
+def test_prompts_and_decoding_in_one_call(
+    mate: ModuleType, device: str, seed: int, counts: tuple, make: Callable[..., Call], margin: int
+) -> None:
+    """On few multiprocessors one block of threads goes from tiles of prompts to decoded rows and back."""
+    random.seed(seed)
+    check(mixed(tuple(counts), make, sm_margin=margin), mate)
 
 
 @pytest.mark.parametrize("margin", [1, 8, 100, 131, 132, 10_000])
