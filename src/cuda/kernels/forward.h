@@ -363,6 +363,7 @@ __device__ void forward(const ForwardArguments& a) {
       }
     } else {
       ptx::await_earlier_kernels();
+      if (threadIdx.x == 96) shared.readable.arrive();
       if (threadIdx.x / 32 <= variant.loader_warps()) ForwardLoader<variant>(a, shared).run();
     }
   } else {

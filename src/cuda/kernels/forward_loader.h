@@ -14,11 +14,15 @@ class ForwardLoader {
       : a_(arguments), shared_(shared), gather_(threadIdx.x - 32, arguments.copy_bytes) {}
 
   __device__ void run() {
+    LastBlocks blocks;
+    bool found = false;
     for (;; work_.advance()) {
-      shared_.work.full[work_.stage()].wait(work_.parity());
-      TileWork& work = shared_.works[work_.stage()];
-      if (work.sequence < 0) break;
-      load(work);
+      if (!found) {
+        shared_.work.full[work_.stage()].wait(work_.parity());
+        if (shared_.works[work_.stage()].sequence < 0) break;
+        blocks = locate_last(shared_.works[work_.stage()]);
+      }
+      found = load(shared_.works[work_.stage()], blocks);
       shared_.work.empty[work_.stage()].arrive();
     }
     if (loads_keys()) announce_no_more();
@@ -80,11 +84,33 @@ class ForwardLoader {
     return places;
   }
 
-  __device__ void load(TileWork& work) {
+  /// The two blocks of a tile that are fetched first.
+  struct LastBlocks {
+    KeyPlaces last, before;
+  };
+  __device__ LastBlocks locate_last(const TileWork& work) const {
+    return {locate(work, work.blocks.end - 1), locate(work, work.blocks.end - 2)};
+  }
+
+  /// Locates them for the next tile, if it is known by now and there is one.
+  __device__ bool locate_next(LastBlocks& blocks) const {
+    RingPlace<ForwardShared<variant>::work_stages> place = work_;
+    place.advance();
+    if (!__all_sync(~0U, shared_.work.full[place.stage()].is_complete(place.parity()))) return false;
+    const TileWork& work = shared_.works[place.stage()];
+    if (work.sequence < 0) return false;
+    blocks = locate_last(work);
+    return true;
+  }
+
+  /// Fetches a tile. Returns whether the next one was found on the way: its first pages are then looked up, since that
+  /// takes about as long as fetching a block.
+  __device__ bool load(TileWork& work, LastBlocks& blocks) {
     const int begin = work.blocks.begin;
     int n = work.blocks.end - 1;
-    KeyPlaces places = locate(work, n);
-    KeyPlaces next = locate(work, n - 1);
+    KeyPlaces places = blocks.last;
+    KeyPlaces next = blocks.before;
+    bool found = false;
     if (loads_keys()) {
       load_k(work, n, places);
       next_.advance();
@@ -99,6 +125,9 @@ class ForwardLoader {
 #pragma unroll 1
     for (;; --n) {
       const KeyPlaces after = locate(work, n - 2);  // pages are looked up two steps ahead
+      if constexpr (variant.splits) {
+        if (n <= begin + 1 && !found) found = locate_next(blocks);
+      }
       if (n > begin && loads_keys()) {
         load_k(work, n - 1, next);
         next_.advance();
@@ -111,7 +140,7 @@ class ForwardLoader {
           next_.advance();
         }
       }
-      if (n == begin) break;
+      if (n == begin) return found;
       places = next;
       next = after;
     }

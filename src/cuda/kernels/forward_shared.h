@@ -25,6 +25,7 @@ struct ForwardShared {
   RingBarriers<variant.stages> k, v;
   RingBarriers<work_stages> work;
   ptx::Mbarrier begun;      ///< a tile: the next may be taken
+  ptx::Mbarrier readable;   ///< is all memory: earlier kernels have ended
   ptx::Mbarrier v_fetched;  ///< of a block of values that the loader changes before consumers may have it
 
   __device__ void init() {
@@ -35,6 +36,7 @@ struct ForwardShared {
     v.init(producers, consumer_warps);
     work.init(1, 32 * (variant.loader_warps() + consumer_warps));
     begun.init(1);
+    readable.init(1);
     v_fetched.init(1);
     ptx::fence_mbarrier_init();
   }

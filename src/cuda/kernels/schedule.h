@@ -9,10 +9,10 @@ namespace mate::cuda {
 
 template <ForwardVariant variant, typename Scheduler>
 __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shared) {
-  // A share is found twice, first while earlier kernels run to their end, from lengths that they may yet change: then
-  // the code and the arguments are in the caches when it counts.
-  bool rehearses = variant.splits && ptx::known_only_here(1) != 0;
-  if constexpr (!variant.splits) ptx::await_earlier_kernels();
+  // While earlier kernels run to their end a share is found from lengths that they may yet change, and found again
+  // behind them: then the code and the arguments are in the caches when it counts.
+  bool rehearses = variant.splits && !shared.readable.is_complete(0);
+  if (!rehearses) ptx::await_earlier_kernels();
   for (;;) {
     Scheduler scheduler(a);
     for (RingPlace<ForwardShared<variant>::work_stages> place;; place.advance()) {

@@ -120,13 +120,15 @@ template <ForwardVariant variant>
 class SplitScheduler : GrainCounter<variant> {
  public:
   __device__ explicit SplitScheduler(const ForwardArguments& arguments) : GrainCounter<variant>(arguments) {
-    // The last sequences are counted first, so that those it begins with need not be counted twice.
+    // The last sequences are counted first, so that the first ones need not be counted twice.
     int fewest = max_length;  // in a tile
     int most = 0;
 #pragma unroll 1
-    for (int first = (problem().batch - 1) / 32 * 32; first >= 0; first -= 32) {
-      count_ = this->count(first + lane());
-      grains_of_unit_ += this->warp_sum(count_.grains);
+    for (int chunk = divide_up(problem().batch, 32) - 1; chunk >= 0; --chunk) {
+      count_ = this->count(32 * chunk + lane());
+      const int grains = this->warp_sum(count_.grains);
+      grains_of_unit_ += grains;
+      if (lane() == chunk) grains_of_chunk_ = grains;
       // Where a sequence has several tiles, 0: they are not alike.
       const int of_tile = count_.tiles <= 1 ? count_.grains : 0;
       if (count_.tiles > 0 && of_tile < fewest) fewest = of_tile;
@@ -137,8 +139,8 @@ class SplitScheduler : GrainCounter<variant> {
     share_ = shares_.of(blockIdx.x);
     if (share_.begin < share_.end) {
       unit_ = static_cast<int>(static_cast<unsigned>(share_.begin) / static_cast<unsigned>(grains_of_unit_));
+      seek(share_.begin - unit_ * grains_of_unit_);
     }
-    end_of_sequence_ = unit_ * grains_of_unit_ + warp_prefix_sum(count_.grains);
   }
 
   /// Writes the next piece to `work`. Returns whether there was one.
@@ -167,6 +169,21 @@ class SplitScheduler : GrainCounter<variant> {
       if (lane() >= distance) x += other;
     }
     return x;
+  }
+
+  /// Goes to the chunk of 32 sequences in which a grain of the unit lies, or to the first that no lane remembers.
+  __device__ void seek(int grain) {
+    const int end = warp_prefix_sum(grains_of_chunk_);
+    const unsigned beyond = __ballot_sync(~0U, end > grain);
+    const int chunk = beyond != 0 ? __ffs(beyond) - 1 : 32;
+    end_of_sequence_ = unit_ * grains_of_unit_;
+    if (chunk == 0) {
+      end_of_sequence_ += warp_prefix_sum(count_.grains);
+    } else {
+      // The end of the chunk before, from which find() goes on.
+      first_sequence_ = 32 * (chunk - 1);
+      end_of_sequence_ += __shfl_sync(~0U, end, chunk - 1);
+    }
   }
 
   __device__ void find(TileWork& work) {
@@ -245,6 +262,7 @@ class SplitScheduler : GrainCounter<variant> {
   // Grains are counted unit by unit, so that heads of one sequence, whose rows are neighbours in memory, are read by
   // several blocks of threads at the same time rather than by one of them one after another.
   int grains_of_unit_ = 0;
+  int grains_of_chunk_ = 0;  ///< of that which has this lane's number
   int unit_ = 0;
   int first_sequence_ = 0;
   Count count_;              ///< of this lane's sequence, among the 32 from first_sequence_ on
