@@ -56,7 +56,7 @@ struct ForwardVariant {
   constexpr bool moves_registers() const { return threads() > 256; }
   constexpr int registers_at_start() const { return moves_registers() ? 64 * 1024 / threads() / 8 * 8 : 248; }
   constexpr int producer_registers() const {
-    return warpgroups == 3 ? 32 : gather && splits ? 104 : gather || splits ? 88 : 40;
+    return warpgroups == 3 ? 32 : gather || splits ? 88 : 40;
   }
   constexpr int consumer_registers() const {
     if (!moves_registers()) return registers_at_start();
