@@ -107,42 +107,45 @@ class ForwardLoader {
   /// takes about as long as fetching a block.
   __device__ bool load(TileWork& work, LastBlocks& blocks) {
     const int begin = work.blocks.begin;
-    int n = work.blocks.end - 1;
+    const int last = work.blocks.end - 1;
+    KeyPlaces before{};  // of block n + 1, whose values are fetched when the keys of block n have been asked for
     KeyPlaces places = blocks.last;
     KeyPlaces next = blocks.before;
     bool found = false;
-    if (loads_keys()) {
-      load_k(work, n, places);
-      next_.advance();
-      load_q(work);
-    }
-    if constexpr (variant.splits) {
-      // While the first keys are on their way; the values' barrier tells consumers.
-      if (loads_values() && first_lane() && (!variant.gather || threadIdx.x < 64)) {
-        work.part = part_of(a_.cut, work.shares, work.grains, work.first_grain);
-      }
-    }
 #pragma unroll 1
-    for (;; --n) {
+    for (int n = last;; --n) {
       const KeyPlaces after = locate(work, n - 2);  // pages are looked up two steps ahead
       if constexpr (variant.splits) {
-        if (n <= begin + 1 && !found) found = locate_next(blocks);
+        if (n <= begin && !found) found = locate_next(blocks);
       }
-      if (n > begin && loads_keys()) {
-        load_k(work, n - 1, next);
+      if (n >= begin && loads_keys()) {
+        load_k(work, n, places);
         next_.advance();
       }
-      if (loads_values()) {
-        if constexpr (variant.gather) {
-          load_v(work, n, places, next_.before(n > begin ? 2 : 1));
-        } else {
-          load_v(work, n, places, next_);
-          next_.advance();
+      if (n < last) {
+        if (loads_values()) {
+          if constexpr (variant.gather) {
+            load_v(work, n + 1, before, next_.before(n >= begin ? 2 : 1));
+          } else {
+            load_v(work, n + 1, before, next_);
+            next_.advance();
+          }
         }
+      } else {
+        if (loads_keys()) load_q(work);
+        if (variant.splits && loads_values()) find_part(work);
       }
-      if (n == begin) return found;
+      if (n < begin) return found;
+      before = places;
       places = next;
       next = after;
+    }
+  }
+
+  /// While the first keys are on their way; the barrier of the values tells consumers.
+  __device__ void find_part(TileWork& work) const {
+    if (first_lane() && (!variant.gather || threadIdx.x < 64)) {
+      work.part = part_of(a_.cut, work.shares, work.grains, work.first_grain);
     }
   }
 

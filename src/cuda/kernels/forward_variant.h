@@ -55,9 +55,7 @@ struct ForwardVariant {
   // take. With one consumer there are enough for all.
   constexpr bool moves_registers() const { return threads() > 256; }
   constexpr int registers_at_start() const { return moves_registers() ? 64 * 1024 / threads() / 8 * 8 : 248; }
-  constexpr int producer_registers() const {
-    return warpgroups == 3 ? 32 : gather || splits ? 88 : 40;
-  }
+  constexpr int producer_registers() const { return warpgroups == 3 ? 32 : gather || splits ? 88 : 40; }
   constexpr int consumer_registers() const {
     if (!moves_registers()) return registers_at_start();
     const int all = registers_at_start() * threads() / 128 - producer_registers() * producer_warpgroups();

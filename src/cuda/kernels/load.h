@@ -67,11 +67,8 @@ class GatherLoader {
       case 8:
         copy<rows, padded, 8>(tile, head_dim, row_of);
         break;
-      case 4:
-        copy<rows, padded, 4>(tile, head_dim, row_of);
-        break;
       default:
-        copy<rows, padded, 2>(tile, head_dim, row_of);
+        copy_words<rows, padded>(tile, head_dim, row_of);
     }
     ptx::arrive_after_copies(barrier);
   }
@@ -104,11 +101,33 @@ class GatherLoader {
           // A group begins where the pattern of a swizzled tile does, so that its rows are alike in all groups.
           unsigned char* const target = rows_of_group + piece_offset<rows>(row_of_group, column / 8) + column % 8 * 2;
           const bool inside = source != nullptr && column < head_dim;
-          if constexpr (bytes == 2) {
-            *reinterpret_cast<unsigned short*>(target) = inside ? source[column] : 0;
-          } else {
-            ptx::copy_async<bytes>(ptx::shared_address(target), source + column, inside);
-          }
+          ptx::copy_async<bytes>(ptx::shared_address(target), source + column, inside);
+        }
+      }
+    }
+  }
+
+  /// Two elements at a time, in one piece or, where rows are aligned to 2 bytes alone, one by one. Such rows are rare,
+  /// so that little code counts for more than time.
+  template <int rows, int padded, typename RowOf>
+  __device__ void copy_words(unsigned char* tile, int head_dim, const RowOf& row_of) const {
+    const unsigned lane = ptx::known_only_here(lane_);
+#pragma unroll 1
+    for (int i = 0; row_of_warp(i) < rows; ++i) {
+      const unsigned row = row_of_warp(i);
+      const unsigned short* source = row_of(row, i);
+#pragma unroll
+      for (int first = 0; first < padded; first += 64) {
+        const unsigned column = first + 2 * lane;
+        if (column >= padded) break;
+        unsigned char* const target = tile + piece_offset<rows>(row, column / 8) + column % 8 * 2;
+        const bool inside = source != nullptr && column < head_dim;
+        if (copy_bytes_ == 4) {
+          ptx::copy_async<4>(ptx::shared_address(target), source + column, inside);
+        } else {
+          const unsigned low = inside ? source[column] : 0;
+          const unsigned high = inside && column + 1 < head_dim ? source[column + 1] : 0;
+          *reinterpret_cast<unsigned*>(target) = low | high << 16;
         }
       }
     }
