@@ -290,11 +290,11 @@ def run_transformers(model, tokenizer, prompts: Sequence[str], max_new_tokens: i
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A language model answers prompts with MATE's attention.")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32, on a GPU bfloat16)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32, on a GPU float16)")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer (default: %(default)s)")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="PROMPT", help="what to ask")
     options = parser.parse_args(arguments)
-    dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+    dtype = options.dtype or ("float32" if options.device == "cpu" else "float16")
 
     print(f"Loading SmolLM2-135M-Instruct in {dtype} on {options.device} ...", flush=True)
     model, tokenizer = smollm2.load(options.device, getattr(torch, dtype))

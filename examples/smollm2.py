@@ -26,6 +26,8 @@ def load(device: str, dtype: torch.dtype):
     (weights,) = pathlib.Path(package.origin).parent.glob("*.gguf")
     source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    if tokenizer.pad_token is None:  # older versions of Transformers do not find it in the file
+        tokenizer.pad_token = tokenizer.eos_token
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
     return model.to(device).eval(), tokenizer
 

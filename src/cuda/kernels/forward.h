@@ -189,7 +189,7 @@ class ForwardConsumer {
     shared_.work.full[tile.stage()].wait(tile.parity());
     const TileWork& work = work_of(tile);
     if (work.sequence < 0) return false;
-    if (group_ == 0 && threadIdx.x % 128 == 0) shared_.begun.arrive();
+    if (!variant.splits && group_ == 0 && threadIdx.x % 128 == 0) shared_.begun.arrive();
     find_visible(work);
     return true;
   }
@@ -202,6 +202,7 @@ class ForwardConsumer {
     // It is not worth registers all along.
     const int thread = ptx::known_only_here(threadIdx.x % 128);
     const int lane = thread % 32;
+    __syncwarp();  // all lanes have read what the tile before left here
     if (lane < 16 && (work.whole.begin > work.blocks.begin || work.whole.end < work.blocks.end)) {
       const int row = group_ * 64 + thread / 32 * 16 + lane;
       const int query = min(place_of(a_, work, row).query, work.used - 1);
