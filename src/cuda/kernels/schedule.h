@@ -11,7 +11,7 @@ template <ForwardVariant variant, typename Scheduler>
 __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shared) {
   // While earlier kernels run to their end a share is found from lengths that they may yet change, and found again
   // behind them: then the code and the arguments are in the caches when it counts.
-  bool rehearses = variant.splits && !shared.readable.is_complete(0);
+  bool rehearses = variant.splits && !__all_sync(~0U, shared.readable.is_complete(0));
   if (!rehearses) ptx::await_earlier_kernels();
   for (;;) {
     Scheduler scheduler(a);
