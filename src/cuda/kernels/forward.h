@@ -23,6 +23,7 @@
 // started its own, so that they stay a step apart, and one makes weights while another multiplies. Registers move from
 // the producers to the consumers (setmaxnreg): a consumer holds its 64 rows of scores, weights and sums in them.
 #pragma once
+
 #include "forward_loader.h"
 #include "ptx/launch.h"
 #include "ptx/wgmma.h"
