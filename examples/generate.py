@@ -65,7 +65,9 @@ class PagedCache:
     All layers share the table of pages: token t of a request is row t % page_size of its page t // page_size.
     """
 
-    def __init__(self, config, num_pages: int, like: torch.Tensor):
+    def __init__(self, config, longest: int, like: torch.Tensor):
+        self.most_pages = -(-longest // PAGE_SIZE)  # of a request
+        num_pages = REQUESTS_IN_CACHE * self.most_pages
         shape = (num_pages, PAGE_SIZE, config.num_key_value_heads, config.head_dim)
         # NaN, so that reading a place before it was written could not go unnoticed.
         self.layers = [
@@ -87,8 +89,8 @@ class PagedCache:
         request.pages = []
 
     def page_table(self, requests: Sequence[Request]) -> list[list[int]]:
-        """As wide as a request could need, so that captured graphs serve all requests."""
-        return [request.pages + [0] * (self.num_pages - len(request.pages)) for request in requests]
+        """As wide as the longest request needs, so that captured graphs serve them all."""
+        return [request.pages + [0] * (self.most_pages - len(request.pages)) for request in requests]
 
 
 @dataclasses.dataclass
@@ -240,7 +242,7 @@ def run_paged(model, tokenizer, prompts: Sequence[str], max_new_tokens: int) -> 
         for i, (prompt, tokens) in enumerate(zip(prompts, smollm2.chat(tokenizer, prompts)))
     ]
     longest = max(request.length_limit for request in requests)
-    cache = PagedCache(model.config, REQUESTS_IN_CACHE * -(-longest // PAGE_SIZE), like=model.lm_head.weight)
+    cache = PagedCache(model.config, longest, like=model.lm_head.weight)
 
     llama = PagedLlama(model, cache)
     started = time.perf_counter()
