@@ -24,23 +24,16 @@
 // the producers to the consumers (setmaxnreg): a consumer holds its 64 rows of scores, weights and sums in them.
 #pragma once
 
-#include "forward_loader.h"
-#include "ptx/launch.h"
-#include "ptx/wgmma.h"
-#include "results.h"
-#include "schedule.h"
-#include "split_scheduler.h"
-#include "tile_scheduler.h"
+#include "consumer.h"
 
 namespace mate::cuda {
 
 template <ForwardVariant variant>
-class ForwardConsumer {
+class ForwardConsumer : Consumer<variant> {
  public:
   static constexpr int keys = variant.block_keys;
 
-  __device__ ForwardConsumer(const ForwardArguments& arguments, ForwardShared<variant>& shared, int group)
-      : a_(arguments), shared_(shared), group_(group), results_(arguments, group, shared.merges) {}
+  using Consumer<variant>::Consumer;
 
   __device__ void run() {
     if (variant.warpgroups > 1 && group_ == variant.warpgroups - 1) pass_turn();
@@ -60,7 +53,19 @@ class ForwardConsumer {
   using ScoreTile = float (&)[keys / 2];
   using Sums = float (&)[variant.head_dim_v / 2];
 
-  using TilePlace = RingPlace<ForwardShared<variant>::work_stages>;
+  using typename Consumer<variant>::TilePlace;
+  using Consumer<variant>::a_;
+  using Consumer<variant>::await;
+  using Consumer<variant>::await_queries;
+  using Consumer<variant>::find_tile;
+  using Consumer<variant>::group_;
+  using Consumer<variant>::next_;
+  using Consumer<variant>::query_matrix;
+  using Consumer<variant>::release_queries_at;
+  using Consumer<variant>::release_tile;
+  using Consumer<variant>::results_;
+  using Consumer<variant>::shared_;
+  using Consumer<variant>::work_of;
 
   /// From this tile on, until one is found that is nothing to this consumer. Returns whether there is one, in `tile`.
   ///
@@ -83,8 +88,8 @@ class ForwardConsumer {
     ptx::hold(scores);
     release_keys();
     release_queries_at(tile, n);
-    modify_scores(scores);
-    hide_keys(scores, tile, n);
+    this->modify_scores(scores);
+    this->hide_keys(scores, work_of(tile), n * keys);
     softmax.template update<keys>(scores, rescale);
     round_weights(scores, weights);
 
@@ -99,7 +104,7 @@ class ForwardConsumer {
           start_products(scores, weights, sums);
           release_keys();
           release_queries_at(tile, n);
-          modify_scores(scores);
+          this->modify_scores(scores);
           const bool rescales = softmax.template update<keys>(scores, rescale);
           ptx::hold(scores);
           await_keys();
@@ -136,8 +141,8 @@ class ForwardConsumer {
         start_products(scores, weights, sums);
         release_keys();
         release_queries_at(next, n);
-        modify_scores(scores);
-        hide_keys(scores, next, n);
+        this->modify_scores(scores);
+        this->hide_keys(scores, work_of(next), n * keys);
         rescales = softmax.template update<keys>(scores, rescale);
         ptx::hold(scores);
         await_values_in_use();
@@ -183,35 +188,6 @@ class ForwardConsumer {
     release_tile(tile);
   }
 
-  __device__ const TileWork& work_of(TilePlace tile) const { return shared_.works[tile.stage()]; }
-
-  /// Waits for a tile. False where there are no more.
-  __device__ bool find_tile(TilePlace tile) {
-    shared_.work.full[tile.stage()].wait(tile.parity());
-    const TileWork& work = work_of(tile);
-    if (work.sequence < 0) return false;
-    if (!variant.splits && group_ == 0 && threadIdx.x % 128 == 0) shared_.begun.arrive();
-    find_visible(work);
-    return true;
-  }
-
-  /// Each lane for itself, since each reads what the scheduler says of the tile.
-  __device__ void release_tile(TilePlace tile) { shared_.work.empty[tile.stage()].arrive(); }
-
-  /// What the rows of this warp see, if some of it is to be hidden: found while registers are few, by a lane for each.
-  __device__ void find_visible(const TileWork& work) {
-    // It is not worth registers all along.
-    const int thread = ptx::known_only_here(threadIdx.x % 128);
-    const int lane = thread % 32;
-    __syncwarp();  // all lanes have read what the tile before left here
-    if (lane < 16 && (work.whole.begin > work.blocks.begin || work.whole.end < work.blocks.end)) {
-      const int row = group_ * 64 + thread / 32 * 16 + lane;
-      const int query = min(place_of(a_, work, row).query, work.used - 1);
-      shared_.visible[row] = visible_keys(a_.problem.mask, work.place.lengths, query);
-    }
-    __syncwarp();
-  }
-
   /// Starts the scores of the next block and the values of this one, which are there, and waits for the scores.
   __device__ void start_products(ScoreTile scores, const unsigned (&weights)[keys / 4], Sums sums) {
     const unsigned q = query_matrix();
@@ -233,9 +209,6 @@ class ForwardConsumer {
     release(shared_.v.empty[next_.before(2).stage()]);
   }
 
-  __device__ unsigned query_matrix() const {
-    return ptx::matrix_at(ptx::shared_address(&shared_.q_tiles[q_.stage()]) + group_ * 64 * chunk_row_bytes);
-  }
   __device__ unsigned key_matrix() const {
     return ptx::matrix_at(ptx::shared_address(&shared_.k_tiles[next_.stage()]));
   }
@@ -267,29 +240,6 @@ class ForwardConsumer {
     ptx::wgmma_commit();
   }
 
-  __device__ void modify_scores(ScoreTile scores) const {
-    if constexpr (variant.scores == Scores::capped) {
-#pragma unroll
-      for (int i = 0; i < keys / 2; ++i) scores[i] = tanh_accurately(scores[i] * a_.score_factor);
-    } else if constexpr (variant.scores == Scores::scaled) {
-#pragma unroll
-      for (int i = 0; i < keys / 2; ++i) scores[i] *= a_.score_factor;
-    }
-  }
-
-  /// Hides from each row of scores the keys of block n that it does not see.
-  __device__ void hide_keys(ScoreTile scores, TilePlace tile, int n) const {
-    const TileWork& work = work_of(tile);
-    const int first_key = n * keys;
-    const KeyRange* const visible = shared_.visible + group_ * 64 + accumulator_row(0);
-    if (first_key + keys > work.seen_by_all.end) {
-      hide_keys_from<keys>(scores, visible[0].end - first_key, visible[8].end - first_key);
-    }
-    if (first_key < work.seen_by_all.begin) {
-      hide_keys_before<keys>(scores, visible[0].begin - first_key, visible[8].begin - first_key);
-    }
-  }
-
   /// An accumulator's columns are already where the product with the values takes its first operand.
   __device__ static void round_weights(const float (&scores)[keys / 2], unsigned (&weights)[keys / 4]) {
 #pragma unroll
@@ -308,13 +258,7 @@ class ForwardConsumer {
     ptx::barrier_arrive(first_turn_barrier + (group_ + 1) % variant.warpgroups, 256);
   }
 
-  template <int stages>
-  __device__ static void await(RingBarriers<stages>& ring, RingPlace<stages> place) {
-    ring.full[place.stage()].wait(place.parity());
-    // The copy engine writes where products read; threads that copy do not.
-    if constexpr (variant.gather) ptx::fence_proxy_async();
-  }
-  __device__ void await_queries() const { await(shared_.q, q_); }
+  // next_ is of the keys that come next; the values come a block behind.
   __device__ void await_keys() const { await(shared_.k, next_); }
   __device__ void await_values() const { await(shared_.v, next_.before(1)); }
   /// Those that are multiplied now, so that this is over already.
@@ -322,58 +266,15 @@ class ForwardConsumer {
     shared_.v.full[next_.before(2).stage()].wait(next_.before(2).parity());
   }
 
-  /// After the scores of block n of a tile: its queries are needed no more after the first block, which comes last.
-  __device__ void release_queries_at(TilePlace tile, int n) {
-    if (n > work_of(tile).blocks.begin) return;
-    release(shared_.q.empty[q_.stage()]);
-    q_.advance();
-  }
   __device__ void release_keys() {
     release(shared_.k.empty[next_.stage()]);
     next_.advance();
   }
-
-  const ForwardArguments& a_;
-  ForwardShared<variant>& shared_;
-  int group_;
-  ResultWriter<variant> results_;
-  RingPlace<variant.q_stages> q_;
-  RingPlace<variant.stages> next_;  ///< of the keys that come next; the values come a block behind
 };
 
 template <ForwardVariant variant>
 __device__ void forward(const ForwardArguments& a) {
-  static_assert(sizeof(ForwardShared<variant>) <= variant.shared_bytes());
-  extern __shared__ unsigned char memory[];
-  auto& shared = *reinterpret_cast<ForwardShared<variant>*>(memory);
-  if (threadIdx.x == 0) {
-    if constexpr (!variant.gather) {
-      for (const TensorMap* map : {&a.q, &a.k, &a.v}) ptx::prefetch(*map);
-    }
-    shared.init();
-  }
-  ptx::let_next_kernel_begin();
-  __syncthreads();
-  const int consumer = static_cast<int>(threadIdx.x / 128) - variant.producer_warpgroups();
-  if (consumer < 0) {
-    if constexpr (variant.moves_registers()) ptx::give_up_registers<variant.producer_registers()>();
-    if (threadIdx.x < 32) {
-      if constexpr (variant.splits) {
-        schedule<variant, SplitScheduler<variant>>(a, shared);
-      } else {
-        schedule<variant, TileScheduler<variant>>(a, shared);
-      }
-    } else {
-      ptx::await_earlier_kernels();
-      if (threadIdx.x == 96) shared.readable.arrive();
-      if (threadIdx.x / 32 <= variant.loader_warps()) ForwardLoader<variant>(a, shared).run();
-    }
-  } else {
-    if constexpr (variant.moves_registers()) ptx::take_registers<variant.consumer_registers()>();
-    ptx::await_earlier_kernels();
-    ForwardConsumer<variant>(a, shared, consumer).run();
-  }
-  clear_rows_outside(a);
+  run<variant, ForwardConsumer<variant>>(a);
 }
 
 }  // namespace mate::cuda

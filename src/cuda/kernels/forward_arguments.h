@@ -18,6 +18,7 @@ struct ForwardArguments {
   TensorMap q;  ///< (d, pack, rows, head units, slots), in boxes of a tile's rows; the maps are of no use to a gather
   TensorMap k;  ///< (d, heads, rows, slots), in boxes of `box_keys` keys
   TensorMap v;
+  TensorMap qv;  ///< like q, where it is given
   Problem problem;
   int pack = 1;                ///< query heads that share a tile
   int tile_rows = 0;           ///< rows of a tile: a multiple of pack

@@ -118,20 +118,24 @@ class ForwardLoader {
       if constexpr (variant.splits) {
         if (n <= begin && !found) found = locate_next(blocks);
       }
+      // Keys are fetched ahead of values, unless there is no room for them until values are there.
+      constexpr bool ahead = variant.stages > 1;
+      const auto load_values = [&] {
+        if (n == last || !loads_values()) return;
+        if constexpr (variant.gather) {
+          load_v(work, n + 1, before, next_.before(ahead && n >= begin ? 2 : 1));
+        } else {
+          load_v(work, n + 1, before, next_);
+          next_.advance();
+        }
+      };
+      if (!ahead) load_values();
       if (n >= begin && loads_keys()) {
         load_k(work, n, places);
         next_.advance();
       }
-      if (n < last) {
-        if (loads_values()) {
-          if constexpr (variant.gather) {
-            load_v(work, n + 1, before, next_.before(n >= begin ? 2 : 1));
-          } else {
-            load_v(work, n + 1, before, next_);
-            next_.advance();
-          }
-        }
-      } else {
+      if (ahead) load_values();
+      if (n == last) {
         if (loads_keys()) load_q(work);
         if (variant.splits && loads_values()) find_part(work);
       }
@@ -175,17 +179,25 @@ class ForwardLoader {
     const int slot = p.query_slot(work.sequence);
     unsigned char* const tile = shared_.q_tiles[q_.stage()].rows;
     ptx::Mbarrier& full = shared_.q.full[q_.stage()];
+    [[maybe_unused]] constexpr int qv_offset = variant.tile_rows() * chunks_of(variant.head_dim) * chunk_row_bytes;
     if constexpr (variant.gather) {
-      gather_.template load<variant.tile_rows(), variant.head_dim>(
-          tile, p.head_dim, full, [&](int row, int) -> const Bits* {
-            const RowPlace place = place_of(a_, work, row);
-            if (place.query >= work.used) return nullptr;
-            return row_of(p.q, slot, static_cast<long long>(work.place.first_q) + place.query, place.head);
-          });
+      const auto gather = [&]<int padded>(unsigned char* part, const Rows& rows, int head_dim) {
+        gather_.template copy<variant.tile_rows(), padded>(part, head_dim, [&](int row, int) -> const Bits* {
+          const RowPlace place = place_of(a_, work, row);
+          if (place.query >= work.used) return nullptr;
+          return row_of(rows, slot, static_cast<long long>(work.place.first_q) + place.query, place.head);
+        });
+      };
+      gather.template operator()<variant.head_dim>(tile, p.q, p.head_dim);
+      if constexpr (variant.qv) gather.template operator()<variant.head_dim_v>(tile + qv_offset, p.qv, p.head_dim_v);
+      ptx::arrive_after_copies(full);
     } else if (first_lane()) {
-      full.arrive_expecting(a_.tile_rows * chunks_of(variant.head_dim) * chunk_row_bytes);
-      load_tile<variant.tile_rows()>(tile, variant.head_dim, a_.q, full, 0, work.place.first_q + work.first_query,
-                                     work.unit, slot);
+      full.arrive_expecting(a_.tile_rows * variant.q_chunks() * chunk_row_bytes);
+      const int row = work.place.first_q + work.first_query;
+      load_tile<variant.tile_rows()>(tile, variant.head_dim, a_.q, full, 0, row, work.unit, slot);
+      if constexpr (variant.qv) {
+        load_tile<variant.tile_rows()>(tile + qv_offset, variant.head_dim_v, a_.qv, full, 0, row, work.unit, slot);
+      }
     }
     q_.advance();
   }
@@ -237,9 +249,10 @@ class ForwardLoader {
     const KeyLayout& keys = a_.problem.keys;
     if (!keys.paged()) {
       const Bits* const first = row_of(rows, places.slot[0], places.row[0], work.head_k);
-      gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int row, int) -> const Bits* {
+      gather_.template copy<variant.block_keys, padded>(tile, head_dim, [&](int row, int) -> const Bits* {
         return row >= begin && row < end ? first + row * rows.row_stride : nullptr;
       });
+      ptx::arrive_after_copies(full);
       return;
     }
     // Each lane finds rows of its own and hands them to those that copy them.
@@ -249,11 +262,12 @@ class ForwardLoader {
       const bool exists = places.slot[i] >= 0 && places.slot[i] < keys.slots;
       of_lane[i] = exists ? row_of(rows, places.slot[i], places.row[i], work.head_k) : nullptr;
     }
-    gather_.template load<variant.block_keys, padded>(tile, head_dim, full, [&](int, unsigned row_of_warp) {
+    gather_.template copy<variant.block_keys, padded>(tile, head_dim, [&](int, unsigned row_of_warp) {
       const Bits* const row = row_of_warp < 32 ? of_lane[0] : of_lane[KeyPlaces::count - 1];
       return reinterpret_cast<const Bits*>(
           __shfl_sync(~0U, reinterpret_cast<unsigned long long>(row), row_of_warp % 32));
     });
+    ptx::arrive_after_copies(full);
   }
 
   __device__ static const Bits* row_of(const Rows& rows, long long slot, long long row, long long head) {

@@ -11,6 +11,15 @@ struct alignas(1024) TileBuffer {
   unsigned char rows[bytes];
 };
 
+/// What consumers of the same rows exchange: nothing, where there are none.
+template <ForwardVariant variant, bool needed = variant.wide>
+struct SharedWeights {};
+
+template <ForwardVariant variant>
+struct SharedWeights<variant, true> {
+  TileBuffer<variant.p_bytes()> tile;
+};
+
 template <ForwardVariant variant>
 struct ForwardShared {
   static constexpr int work_stages = 4;
@@ -18,9 +27,11 @@ struct ForwardShared {
   TileBuffer<variant.q_bytes()> q_tiles[variant.q_stages];
   TileBuffer<variant.k_bytes()> k_tiles[variant.stages];
   TileBuffer<variant.v_bytes()> v_tiles[variant.stages];
+  SharedWeights<variant> weights;
   TileWork works[work_stages];
-  KeyRange visible[variant.tile_rows()];  ///< to each row of the consumers' tiles, where some of their keys are hidden
-  int merges[variant.warpgroups];         ///< whether the parts of a consumer's rows are all done
+  KeyRange visible[64 * variant.warpgroups];  ///< to each row of each consumer, where some of its keys are hidden
+  float of_rows[variant.wide ? 64 * variant.warpgroups : 1];  ///< which consumers of the same rows exchange
+  int merges[variant.row_groups()];                           ///< whether the parts of some rows are all done
   RingBarriers<variant.q_stages> q;
   RingBarriers<variant.stages> k, v;
   RingBarriers<work_stages> work;

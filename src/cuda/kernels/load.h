@@ -40,7 +40,7 @@ __device__ inline void clear_rows(unsigned char* tile, int head_dim, int begin, 
 }
 
 /// Fetches tiles row by row, by `warps` warps together, whatever the alignment of rows. Nobody waits for the copies but
-/// who waits for the tile's barrier.
+/// who waits for the tile's barrier, at which they arrive: ptx::arrive_after_copies().
 template <int warps>
 class GatherLoader {
   /// A warp takes groups of rows in turns.
@@ -59,25 +59,24 @@ class GatherLoader {
   /// row_of(r, i) is where row r of the tile begins, the i-th of this warp, or null for a row of zeros: all lanes of a
   /// warp ask at once. Elements past `head_dim` become zeros, up to `padded`.
   template <int rows, int padded, typename RowOf>
-  __device__ void load(unsigned char* tile, int head_dim, ptx::Mbarrier& barrier, const RowOf& row_of) {
+  __device__ void copy(unsigned char* tile, int head_dim, const RowOf& row_of) const {
     switch (copy_bytes_) {
       case 16:
-        copy<rows, padded, 16>(tile, head_dim, row_of);
+        copy_pieces<rows, padded, 16>(tile, head_dim, row_of);
         break;
       case 8:
-        copy<rows, padded, 8>(tile, head_dim, row_of);
+        copy_pieces<rows, padded, 8>(tile, head_dim, row_of);
         break;
       default:
         copy_words<rows, padded>(tile, head_dim, row_of);
     }
-    ptx::arrive_after_copies(barrier);
   }
 
  private:
   /// The lanes of a warp share a row, or several where rows are short; a few copies are made without a loop, so that
   /// the address of one is found while others are.
   template <int rows, int padded, int bytes, typename RowOf>
-  __device__ void copy(unsigned char* tile, int head_dim, const RowOf& row_of) const {
+  __device__ void copy_pieces(unsigned char* tile, int head_dim, const RowOf& row_of) const {
     constexpr int elements = bytes / 2;
     constexpr int pieces = padded / elements;
     constexpr int rows_at_once = pieces <= 4 ? group : pieces <= 8 ? 4 : pieces <= 16 ? 2 : 1;

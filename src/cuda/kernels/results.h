@@ -11,19 +11,21 @@
 
 namespace mate::cuda {
 
-/// Named barriers: 0 is __syncthreads, then come the turns of up to three consumers, then each by itself.
+/// Named barriers: 0 is __syncthreads, then come the turns of up to three consumers, then the consumers of some rows by
+/// themselves.
 inline constexpr int first_turn_barrier = 1;
-inline constexpr int first_warpgroup_barrier = 4;
+inline constexpr int first_row_group_barrier = 4;
 
-/// Used by all threads of a consumer together.
+/// Used by all threads of the consumers of some rows together, each of which has sums of columns of its own.
 template <ForwardVariant variant>
 class ResultWriter {
  public:
-  using Sums = float (&)[variant.head_dim_v / 2];
+  static constexpr int columns = variant.consumer_columns();
+  using Sums = float (&)[columns / 2];
 
-  /// `is_last` is in shared memory, and has room for each consumer.
-  __device__ ResultWriter(const ForwardArguments& arguments, int group, int* is_last)
-      : a_(arguments), group_(group), is_last_(is_last) {}
+  /// Of consumer `consumer`. `is_last` is in shared memory, and has room for each group of rows.
+  __device__ ResultWriter(const ForwardArguments& arguments, int consumer, int* is_last)
+      : a_(arguments), consumer_(consumer), is_last_(is_last) {}
 
   /// Of a tile, or a part of one, whose keys have all been seen.
   __device__ void write(const TileWork& work, Sums sums, const OnlineSoftmax& softmax) const {
@@ -38,7 +40,7 @@ class ResultWriter {
     const int slot = p.query_slot(work.sequence);
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
-      const RowPlace place = place_of(a_, work, group_ * 64 + accumulator_row(i));
+      const RowPlace place = place_of(a_, work, group() * 64 + accumulator_row(i));
       const bool exists = place.query < work.capacity;
       const long long row = static_cast<long long>(work.place.first_q) + place.query;
       float share;
@@ -47,14 +49,23 @@ class ResultWriter {
         share = 0;
         lse = -infinity();
       }
-      if (__any_sync(~0U, share == 0)) clear_row_if<variant.head_dim_v>(sums, i, share == 0);
-      void* const out = exists ? p.out.at(slot, row, place.head) : nullptr;
-      store_row<variant.element, variant.head_dim_v>(sums, i, share, out, p.head_dim_v, a_.wide_rows);
-      if (exists && p.lse.data != nullptr && accumulator_column() == 0) p.lse.at(slot, place.head, row) = lse;
+      if (__any_sync(~0U, share == 0)) clear_row_if<columns>(sums, i, share == 0);
+      auto* const out =
+          exists ? static_cast<unsigned short*>(p.out.at(slot, row, place.head)) + first_column() : nullptr;
+      store_row<variant.element, columns>(sums, i, share, out, p.head_dim_v - first_column(), a_.wide_rows);
+      if (exists && p.lse.data != nullptr && has_first_column()) p.lse.at(slot, place.head, row) = lse;
     }
   }
 
  private:
+  static constexpr int threads = 128 * variant.consumers_of_row();  // of the consumers of a row
+
+  /// Its group of rows, and the first of its columns.
+  __device__ int group() const { return variant.wide ? 0 : consumer_; }
+  __device__ int first_column() const { return variant.wide ? consumer_ * columns : 0; }
+  /// Whether this thread has the first column of its rows.
+  __device__ bool has_first_column() const { return first_column() + accumulator_column() == 0; }
+
   /// A row of a slot of partial results.
   __device__ long long partial_row(const TileWork& work, int part, int row) const {
     return static_cast<long long>(work.part.slot(part)) * a_.parts.rows + row;
@@ -63,39 +74,39 @@ class ResultWriter {
   __device__ void store_part(const TileWork& work, Sums sums, const OnlineSoftmax& softmax) const {
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
-      const int row = group_ * 64 + accumulator_row(i);
+      const int row = group() * 64 + accumulator_row(i);
       const float2 weight = softmax.partial(i);
       if (place_of(a_, work, row).query >= work.used) continue;
       const long long at = partial_row(work, work.part.index, row);
-      float* const target = a_.parts.sums + at * variant.head_dim_v + accumulator_column();
+      float* const target = a_.parts.sums + at * variant.head_dim_v + first_column() + accumulator_column();
 #pragma unroll
-      for (int j = 0; j < variant.head_dim_v / 8; ++j) {
+      for (int j = 0; j < columns / 8; ++j) {
         *reinterpret_cast<float2*>(target + 8 * j) = make_float2(sums[4 * j + 2 * i], sums[4 * j + 2 * i + 1]);
       }
-      if (accumulator_column() == 0) reinterpret_cast<float2*>(a_.parts.weights)[at] = weight;
+      if (has_first_column()) reinterpret_cast<float2*>(a_.parts.weights)[at] = weight;
     }
   }
 
-  /// Tells that this warpgroup's part is done. Whether it was the last of its rows.
+  /// Tells that this part of the rows is done. Whether it was the last.
   __device__ bool is_last_part(const TileWork& work) const {
     if (work.part.reported == 0) return false;
-    await_warpgroup();
-    if (threadIdx.x % 128 == 0) {
-      int* const done = a_.counters + work.part.counter * variant.warpgroups + group_;
+    await_others();
+    if (thread() == 0) {
+      int* const done = a_.counters + work.part.counter * variant.row_groups() + group();
       const bool last = ptx::add_and_synchronize(done, work.part.reported) == work.part.count - work.part.reported;
       if (last) *done = 0;
-      is_last_[group_] = last;
+      is_last_[group()] = last;
     }
-    await_warpgroup();
-    return is_last_[group_];
+    await_others();
+    return is_last_[group()];
   }
 
-  /// The warps of this warpgroup merge the parts of its rows, each a row at a time.
+  /// The warps of the rows' consumers merge their parts, each a row at a time.
   __device__ void merge_parts(const TileWork& work) const {
     const Problem& p = a_.problem;
     const int slot = p.query_slot(work.sequence);
 #pragma unroll 1
-    for (int row = group_ * 64 + threadIdx.x % 128 / 32; row < group_ * 64 + 64; row += 4) {
+    for (int row = group() * 64 + thread() / 32; row < group() * 64 + 64; row += threads / 32) {
       const RowPlace place = place_of(a_, work, row);
       if (place.query >= work.capacity) return;
       const long long out_row = static_cast<long long>(work.place.first_q) + place.query;
@@ -127,10 +138,12 @@ class ResultWriter {
     }
   }
 
-  __device__ void await_warpgroup() const { ptx::barrier_sync(first_warpgroup_barrier + group_, 128); }
+  /// Of those of the same rows.
+  __device__ int thread() const { return first_column() / columns * 128 + static_cast<int>(threadIdx.x % 128); }
+  __device__ void await_others() const { ptx::barrier_sync(first_row_group_barrier + group(), threads); }
 
   const ForwardArguments& a_;
-  int group_;
+  int consumer_;
   int* is_last_;
 };
 

@@ -113,39 +113,66 @@ class OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
       const float largest = quad_max(largest_of_row<keys>(scores, i, before_any));
-      const bool exceeds = largest > reference_[i];
-      rescale[i] = exceeds ? exp2_approximately((reference_[i] - largest) * scale_) : 1;
-      reference_[i] = exceeds ? largest : reference_[i];
-      rescales |= exceeds;
-      const float subtrahend = reference_[i] == -infinity() ? 0 : reference_[i] * scale_;
-      float sum[2] = {sum_[i] * rescale[i], 0};
-#pragma unroll
-      for (int j = 0; j < keys / 8; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& score = scores[4 * j + 2 * i + c];
-          score = exp2_approximately(fmaf(score, scale_, -subtrahend));
-          sum[c] += score;
-        }
-      }
-      sum_[i] = sum[0] + sum[1];
+      rescales |= weigh_row<keys>(scores, i, largest, rescale[i]);
       before_any = scores[2 * i] * -infinity();  // -inf, or NaN: neither is a maximum
     }
     return rescales;
   }
 
+  /// The same in two steps, for rows whose keys several threads have blocks of: first the largest scores of this one's,
+  /// then, once they are known, weights from the largest of all.
+  template <int keys>
+  __device__ static void find_largest(const float (&scores)[keys / 2], float (&largest)[rows_of_thread]) {
+#pragma unroll
+    for (int i = 0; i < rows_of_thread; ++i) largest[i] = quad_max(largest_of_row<keys>(scores, i, -infinity()));
+  }
+  template <int keys>
+  __device__ bool weigh(float (&scores)[keys / 2], const float (&largest)[rows_of_thread],
+                        float (&rescale)[rows_of_thread]) {
+    bool rescales = false;
+#pragma unroll
+    for (int i = 0; i < rows_of_thread; ++i) rescales |= weigh_row<keys>(scores, i, largest[i], rescale[i]);
+    return rescales;
+  }
+
+  /// The sum of row i's weights, which may then be replaced by that of more keys.
+  __device__ float sum(int i) const { return quad_sum(sum_[i]); }
+  __device__ void set_sum(int i, float sum) { sum_[i] = accumulator_column() == 0 ? sum : 0; }
+
   /// Ends the sums: see finish_softmax().
   __device__ float finish(int i, float sink, float& share) const {
-    return finish_softmax(reference_[i] * scale_, quad_sum(sum_[i]), sink, share);
+    return finish_softmax(reference_[i] * scale_, sum(i), sink, share);
   }
 
   /// What is to be merged with other sums: the exponent of 2 that row i's weights are relative to, and their sum.
   __device__ float2 partial(int i) const {
     const float exponent = reference_[i] == -infinity() ? -infinity() : reference_[i] * scale_;
-    return make_float2(exponent, quad_sum(sum_[i]));
+    return make_float2(exponent, sum(i));
   }
 
  private:
+  /// Makes weights of row i's scores, the largest of which is `largest`, and adds them up. Returns whether it exceeds
+  /// all before.
+  template <int keys>
+  __device__ bool weigh_row(float (&scores)[keys / 2], int i, float largest, float& rescale) {
+    const bool exceeds = largest > reference_[i];
+    rescale = exceeds ? exp2_approximately((reference_[i] - largest) * scale_) : 1;
+    reference_[i] = exceeds ? largest : reference_[i];
+    const float subtrahend = reference_[i] == -infinity() ? 0 : reference_[i] * scale_;
+    float sum[2] = {sum_[i] * rescale, 0};
+#pragma unroll
+    for (int j = 0; j < keys / 8; ++j) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& score = scores[4 * j + 2 * i + c];
+        score = exp2_approximately(fmaf(score, scale_, -subtrahend));
+        sum[c] += score;
+      }
+    }
+    sum_[i] = sum[0] + sum[1];
+    return exceeds;
+  }
+
   /// The largest of `start` and those scores of row i that this thread holds.
   template <int keys>
   __device__ static float largest_of_row(const float (&scores)[keys / 2], int i, float start) {

@@ -21,7 +21,7 @@ class GrainCounter : public TileFinder<variant> {
 
   __device__ int distance_of(const Lengths& lengths, int capacity, int tile) const {
     if (a_.cut.kind == Cut::Kind::aligned) return aligned_distance(lengths, problem().group(), variant.block_keys);
-    if constexpr (variant.one_tile()) return 1;
+    if constexpr (variant.row_groups() == 1) return 1;
     // Half a tile is one consumer's: the others skip it.
     return even_distance((capacity * a_.pack - tile * a_.tile_rows) * 2 <= variant.tile_rows());
   }

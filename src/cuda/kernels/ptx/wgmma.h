@@ -80,12 +80,12 @@ __device__ inline unsigned advance(unsigned matrix, int bytes) { return matrix +
 #define MATE_TEXT_16 MATE_TEXT_15 ", %120, %121, %122, %123, %124, %125, %126, %127"
 
 // One instruction: N = 16 * count, and the numbers of the operands that come after the accumulator's.
-#define MATE_WGMMA_SHARED(type, n, count, a, b, go)                                                            \
-  asm volatile("{\n" MATE_DESCRIPTOR("a", a) MATE_DESCRIPTOR(                                                  \
-                   "b", b) ".reg .pred go;\nsetp.ne.b32 go, %" go ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n \
-                           "k16.f32." type "." type " {" MATE_TEXT_##count "}, a, b, go, 1, 1, 0, 0;\n}"       \
-               : MATE_OUT_##count                                                                              \
-               : "r"(a_matrix), "r"(b_matrix), "r"(accumulate))
+#define MATE_WGMMA_SHARED(type, n, count, a, b, go, by_n)                                                        \
+  asm volatile("{\n" MATE_DESCRIPTOR("a", a) MATE_DESCRIPTOR(                                                    \
+                   "b", b) ".reg .pred go;\nsetp.ne.b32 go, %" go ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n   \
+                           "k16.f32." type "." type " {" MATE_TEXT_##count "}, a, b, go, 1, 1, 0, %" by_n ";\n}" \
+               : MATE_OUT_##count                                                                                \
+               : "r"(a_matrix), "r"(b_matrix), "r"(accumulate), "n"(b_major == Major::mn))
 #define MATE_WGMMA_REGISTERS(type, n, count, a0, a1, a2, a3, b)                                              \
   asm volatile("{\n" MATE_DESCRIPTOR("b", b) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
                                              " {" MATE_TEXT_##count "}, {%" a0 ", %" a1 ", %" a2 ", %" a3    \
@@ -93,32 +93,32 @@ __device__ inline unsigned advance(unsigned matrix, int bytes) { return matrix +
                : MATE_OUT_##count                                                                            \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_matrix))
 
-/// d (64, n) = a (64, 16) b (n, 16)^T, plus d where `accumulate`: both in shared memory, K-major.
-template <ElementType element, int n>
+/// d (64, n) = a (64, 16) b (n, 16)^T, plus d where `accumulate`: both in shared memory, K-major unless b is MN-major.
+template <ElementType element, int n, Major b_major = Major::k>
 __device__ inline void wgmma(float (&d)[n / 2], unsigned a_matrix, unsigned b_matrix, int accumulate) {
   static_assert(n % 16 == 0 && n >= 16 && n <= 256);
-#define MATE_CASE(size, count, a, b, go)                               \
+#define MATE_CASE(size, count, a, b, go, by_n)                         \
   if constexpr (n == size && element == ElementType::bfloat16) {       \
-    MATE_WGMMA_SHARED("bf16", size, count, a, b, go);                  \
+    MATE_WGMMA_SHARED("bf16", size, count, a, b, go, by_n);            \
   } else if constexpr (n == size && element == ElementType::float16) { \
-    MATE_WGMMA_SHARED("f16", size, count, a, b, go);                   \
+    MATE_WGMMA_SHARED("f16", size, count, a, b, go, by_n);             \
   }
-  MATE_CASE(16, 1, "8", "9", "10")
-  MATE_CASE(32, 2, "16", "17", "18")
-  MATE_CASE(48, 3, "24", "25", "26")
-  MATE_CASE(64, 4, "32", "33", "34")
-  MATE_CASE(80, 5, "40", "41", "42")
-  MATE_CASE(96, 6, "48", "49", "50")
-  MATE_CASE(112, 7, "56", "57", "58")
-  MATE_CASE(128, 8, "64", "65", "66")
-  MATE_CASE(144, 9, "72", "73", "74")
-  MATE_CASE(160, 10, "80", "81", "82")
-  MATE_CASE(176, 11, "88", "89", "90")
-  MATE_CASE(192, 12, "96", "97", "98")
-  MATE_CASE(208, 13, "104", "105", "106")
-  MATE_CASE(224, 14, "112", "113", "114")
-  MATE_CASE(240, 15, "120", "121", "122")
-  MATE_CASE(256, 16, "128", "129", "130")
+  MATE_CASE(16, 1, "8", "9", "10", "11")
+  MATE_CASE(32, 2, "16", "17", "18", "19")
+  MATE_CASE(48, 3, "24", "25", "26", "27")
+  MATE_CASE(64, 4, "32", "33", "34", "35")
+  MATE_CASE(80, 5, "40", "41", "42", "43")
+  MATE_CASE(96, 6, "48", "49", "50", "51")
+  MATE_CASE(112, 7, "56", "57", "58", "59")
+  MATE_CASE(128, 8, "64", "65", "66", "67")
+  MATE_CASE(144, 9, "72", "73", "74", "75")
+  MATE_CASE(160, 10, "80", "81", "82", "83")
+  MATE_CASE(176, 11, "88", "89", "90", "91")
+  MATE_CASE(192, 12, "96", "97", "98", "99")
+  MATE_CASE(208, 13, "104", "105", "106", "107")
+  MATE_CASE(224, 14, "112", "113", "114", "115")
+  MATE_CASE(240, 15, "120", "121", "122", "123")
+  MATE_CASE(256, 16, "128", "129", "130", "131")
 #undef MATE_CASE
 }
 

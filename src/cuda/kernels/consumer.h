@@ -1,0 +1,146 @@
+// What the consumers of forward kernels have in common, and the rest of such a kernel: forward.h and wide.h have the
+// consumers themselves.
+#pragma once
+
+#include "forward_loader.h"
+#include "ptx/launch.h"
+#include "ptx/wgmma.h"
+#include "results.h"
+#include "schedule.h"
+#include "split_scheduler.h"
+#include "tile_scheduler.h"
+
+namespace mate::cuda {
+
+/// A warpgroup that consumes what is loaded, tile by tile.
+template <ForwardVariant variant>
+class Consumer {
+ public:
+  __device__ Consumer(const ForwardArguments& arguments, ForwardShared<variant>& shared, int group)
+      : a_(arguments), shared_(shared), group_(group), results_(arguments, group, shared.merges) {}
+
+ protected:
+  using TilePlace = RingPlace<ForwardShared<variant>::work_stages>;
+
+  /// The first of its rows in the tile.
+  __device__ int first_row() const { return variant.wide ? 0 : group_ * 64; }
+
+  __device__ const TileWork& work_of(TilePlace tile) const { return shared_.works[tile.stage()]; }
+
+  /// Waits for a tile. False where there are no more.
+  __device__ bool find_tile(TilePlace tile) {
+    shared_.work.full[tile.stage()].wait(tile.parity());
+    const TileWork& work = work_of(tile);
+    if (work.sequence < 0) return false;
+    if (!variant.splits && group_ == 0 && threadIdx.x % 128 == 0) shared_.begun.arrive();
+    find_visible(work);
+    return true;
+  }
+
+  /// Each lane for itself, since each reads what the scheduler says of the tile.
+  __device__ void release_tile(TilePlace tile) { shared_.work.empty[tile.stage()].arrive(); }
+
+  /// What the rows of this warp see, if some of it is to be hidden: found while registers are few, by a lane for each.
+  __device__ void find_visible(const TileWork& work) {
+    // It is not worth registers all along.
+    const int thread = ptx::known_only_here(threadIdx.x % 128);
+    const int lane = thread % 32;
+    __syncwarp();  // all lanes have read what the tile before left here
+    if (lane < 16 && (work.whole.begin > work.blocks.begin || work.whole.end < work.blocks.end)) {
+      const int row = thread / 32 * 16 + lane;
+      const int query = min(place_of(a_, work, first_row() + row).query, work.used - 1);
+      shared_.visible[group_ * 64 + row] = visible_keys(a_.problem.mask, work.place.lengths, query);
+    }
+    __syncwarp();
+  }
+
+  __device__ unsigned query_matrix() const {
+    return ptx::matrix_at(ptx::shared_address(&shared_.q_tiles[q_.stage()]) + first_row() * chunk_row_bytes);
+  }
+
+  /// What the call does to a product of a query and a key before it is compared with others.
+  template <int count>
+  __device__ void modify_scores(float (&scores)[count]) const {
+    if constexpr (variant.scores == Scores::capped) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) scores[i] = tanh_accurately(scores[i] * a_.score_factor);
+    } else if constexpr (variant.scores == Scores::scaled) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) scores[i] *= a_.score_factor;
+    }
+  }
+
+  /// Hides from each row of scores the keys, from `first_key` on, that it does not see.
+  template <int count>
+  __device__ void hide_keys(float (&scores)[count], const TileWork& work, int first_key) const {
+    constexpr int keys = count * 2;
+    const KeyRange* const visible = shared_.visible + group_ * 64 + accumulator_row(0);
+    if (first_key + keys > work.seen_by_all.end) {
+      hide_keys_from<keys>(scores, visible[0].end - first_key, visible[8].end - first_key);
+    }
+    if (first_key < work.seen_by_all.begin) {
+      hide_keys_before<keys>(scores, visible[0].begin - first_key, visible[8].begin - first_key);
+    }
+  }
+
+  template <int stages>
+  __device__ static void await(RingBarriers<stages>& ring, RingPlace<stages> place) {
+    ring.full[place.stage()].wait(place.parity());
+    // The copy engine writes where products read; threads that copy do not.
+    if constexpr (variant.gather) ptx::fence_proxy_async();
+  }
+  __device__ void await_queries() const { await(shared_.q, q_); }
+
+  /// After the scores of block n of a tile: its queries are needed no more after the first block, which comes last.
+  __device__ void release_queries_at(TilePlace tile, int n) {
+    if (n > work_of(tile).blocks.begin) return;
+    release(shared_.q.empty[q_.stage()]);
+    q_.advance();
+  }
+
+  const ForwardArguments& a_;
+  ForwardShared<variant>& shared_;
+  int group_;
+  ResultWriter<variant> results_;
+  RingPlace<variant.q_stages> q_;
+  RingPlace<variant.stages> next_;  ///< of the block that comes next
+};
+
+/// A forward kernel: its block of threads divided among those who schedule, load, and consume.
+template <ForwardVariant variant, typename ConsumerOfVariant>
+__device__ void run(const ForwardArguments& a) {
+  static_assert(sizeof(ForwardShared<variant>) <= variant.shared_bytes());
+  extern __shared__ unsigned char memory[];
+  auto& shared = *reinterpret_cast<ForwardShared<variant>*>(memory);
+  if (threadIdx.x == 0) {
+    if constexpr (!variant.gather) {
+      for (const TensorMap* map : {&a.q, &a.k, &a.v}) ptx::prefetch(*map);
+      if constexpr (variant.qv) ptx::prefetch(a.qv);
+    }
+    shared.init();
+  }
+  ptx::let_next_kernel_begin();
+  __syncthreads();
+  const int consumer = static_cast<int>(threadIdx.x / 128) - variant.producer_warpgroups();
+  if (consumer < 0) {
+    if constexpr (variant.moves_registers()) ptx::give_up_registers<variant.producer_registers()>();
+    if (threadIdx.x < 32) {
+      if constexpr (variant.splits) {
+        schedule<variant, SplitScheduler<variant>>(a, shared);
+      } else {
+        schedule<variant, TileScheduler<variant>>(a, shared);
+      }
+    } else {
+      ptx::await_earlier_kernels();
+      if (threadIdx.x == 96) shared.readable.arrive();
+      if (threadIdx.x / 32 <= variant.loader_warps()) ForwardLoader<variant>(a, shared).run();
+    }
+  } else {
+    if constexpr (variant.moves_registers()) ptx::take_registers<variant.consumer_registers()>();
+    ptx::await_earlier_kernels();
+    ConsumerOfVariant(a, shared, consumer).run();
+  }
+  clear_rows_outside(a);
+}
+
+}  // namespace mate::cuda
