@@ -23,6 +23,7 @@ def main() -> None:
         "--dtype", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16"], help="(default: bfloat16)"
     )
     ahead.add_argument("--softcap", action="store_true", help="for calls with a softcap")
+    ahead.add_argument("--qv", action="store_true", help="for calls with qv (multi-head latent attention)")
     ahead.add_argument("--jobs", type=int, metavar="N", help="kernels compiled at once (default: one per processor)")
     ahead.set_defaults(run=_warmup)
 
@@ -45,6 +46,7 @@ def _warmup(arguments: argparse.Namespace) -> None:
         arguments.head_dim_v,
         [getattr(torch, name) for name in arguments.dtype],
         softcap=arguments.softcap,
+        qv=arguments.qv,
         jobs=arguments.jobs,
     )
     print(f"{compiled} kernels compiled")

@@ -18,6 +18,7 @@ def warmup(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
     *,
     softcap: bool = False,
+    qv: bool = False,
     jobs: int | None = None,
     progress: bool = True,
 ) -> int:
@@ -32,6 +33,7 @@ def warmup(
         head_dim_v: that of values; ``head_dim`` by default.
         dtypes: the types of queries, keys and values: torch.bfloat16 and torch.float16.
         softcap: for calls with a softcap, else for calls without.
+        qv: for calls with ``qv`` (multi-head latent attention), else for calls without.
         jobs: how many kernels are compiled at once; by default one on each processor.
         progress: show a progress bar on stderr.
 
@@ -42,7 +44,7 @@ def warmup(
         name: text
         for dtype in dtypes
         for name, text in _library.kernel_sources(
-            head_dim, head_dim if head_dim_v is None else head_dim_v, dtype, softcap
+            head_dim, head_dim if head_dim_v is None else head_dim_v, dtype, softcap, qv
         )
     }
     return compile_kernels(sources, jobs, progress)

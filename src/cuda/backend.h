@@ -28,7 +28,7 @@ void combine(const CombineProblem& problem, int device, void* stream);
 void scheduler_metadata(const Problem& problem, int device, void* stream, int* out, std::int64_t stride);
 
 /// The kernels that calls with these head sizes and this type may need, for whatever else they ask: causal or not,
-/// aligned or not. Throws Error (not_implemented) for head sizes that this backend does not serve.
-std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType type, bool softcap);
+/// aligned or not.
+std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType type, bool softcap, bool qv);
 
 }  // namespace mate::cuda

@@ -66,11 +66,15 @@ bool encode(TensorMap& map, const void* data, int head_dim, std::span<const Dime
 /// Describes the tensors to the copy engine. False where it cannot read one of them.
 bool encode_maps(const Problem& p, ForwardArguments& arguments) {
   const int pack = arguments.pack;
-  const Dimension q[] = {{pack, p.q.head_stride, pack},
-                         {p.queries.rows, p.q.row_stride, arguments.tile_rows / pack},
-                         {p.heads_q / pack, p.q.head_stride * pack, 1},
-                         {p.query_slots(), p.q.slot_stride, 1}};
-  if (!encode(arguments.q, p.q.data, p.head_dim, q)) return false;
+  const auto encode_queries = [&](TensorMap& map, const Rows& rows, int head_dim) {
+    const Dimension dimensions[] = {{pack, rows.head_stride, pack},
+                                    {p.queries.rows, rows.row_stride, arguments.tile_rows / pack},
+                                    {p.heads_q / pack, rows.head_stride * pack, 1},
+                                    {p.query_slots(), rows.slot_stride, 1}};
+    return encode(map, rows.data, head_dim, dimensions);
+  };
+  if (!encode_queries(arguments.q, p.q, p.head_dim)) return false;
+  if (p.qv.given() && !encode_queries(arguments.qv, p.qv, p.head_dim_v)) return false;
   if (p.keys.rows == 0 || p.keys.slots == 0) return true;  // nothing will be read
   const auto encode_keys = [&](TensorMap& map, const Rows& rows, int head_dim) {
     const Dimension dimensions[] = {{p.heads_k, rows.head_stride, 1},
@@ -177,6 +181,7 @@ VariantChoice choose(const Problem& p, int multiprocessors) {
   choice.alike = p.batch_invariant;
   const bool diagonal = p.mask.right >= 0 || p.mask.chunk > 0;
   choice.narrow = diagonal || most_keys(p) <= few_keys;
+  choice.qv = p.qv.given();
   return choice;
 }
 
@@ -230,7 +235,9 @@ void require_served(const Problem& p, int device_id) {
     if (type == ElementType::float8_e4m3) refuse("float8_e4m3fn");
   }
   if (p.qv.given()) refuse("qv");
-  require_head_sizes(p.head_dim, p.head_dim_v);
+  if (std::max(p.head_dim, p.head_dim_v) > 256) {
+    refuse("head sizes above 256 (q and k have ", p.head_dim, ", v has ", p.head_dim_v, ")");
+  }
 }
 
 void forward(const Problem& problem, int device_id, void* stream, const Allocate& allocate) {
@@ -248,6 +255,7 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
   arguments.problem = p;
   Alignment inputs;
   inputs.add(p.q, p.query_slots(), p.queries.rows, p.heads_q);
+  if (p.qv.given()) inputs.add(p.qv, p.query_slots(), p.queries.rows, p.heads_q);
   inputs.add(p.k, p.keys.slots, p.keys.rows, p.heads_k);
   inputs.add(p.v, p.keys.slots, p.keys.rows, p.heads_k);
   VariantChoice choice = choose(p, multiprocessors);
@@ -278,7 +286,7 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
           " rows, got ", tiles);
   int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, multiprocessors));
   if (variant.splits) {
-    blocks = std::min(multiprocessors, counters_of_launch / counters_of(variant.warpgroups));
+    blocks = std::min(multiprocessors, counters_of_launch / counters_of(variant.row_groups()));
     arguments.cut = choose_cut(p);
     take_parts(p, variant, tiles, blocks, scratch, arguments);
   }

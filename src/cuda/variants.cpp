@@ -10,7 +10,7 @@
 namespace mate::cuda {
 namespace {
 
-constexpr int largest_head_dim = 256;
+constexpr int largest_narrow_head_dim = 256;
 /// Shared memory that tiles may take of the 227 KiB of a block.
 constexpr int tile_bytes = 227 * 1024 - other_shared_bytes;
 constexpr int widest_block_keys = 176;
@@ -57,6 +57,25 @@ int common_block_keys(const VariantChoice& choice) {
   return power_of_two_below(keys);
 }
 
+/// Each consumer has whole chunks of the values' columns. Blocks are as wide for all calls of these head sizes.
+void set_wide_tiles(ForwardVariant& variant, const VariantChoice& choice) {
+  constexpr int consumers = 2;
+  constexpr int least_keys = 16 * consumers;
+  constexpr int most_wide_stages = 4;
+  variant.wide = true;
+  variant.qv = choice.qv;
+  variant.head_dim = round_up(choice.head_dim, chunk_columns);
+  variant.head_dim_v = round_up(choice.head_dim_v, consumers * chunk_columns);
+  variant.warpgroups = consumers;
+  variant.q_stages = 1;
+  const auto stages = [&] {
+    return (tile_bytes - variant.q_bytes() - variant.p_bytes()) / (variant.k_bytes() + variant.v_bytes());
+  };
+  variant.block_keys = 4 * least_keys;
+  while (stages() < 2 && variant.block_keys > least_keys) variant.block_keys /= 2;
+  variant.stages = std::min(stages(), most_wide_stages);
+}
+
 const char* name_of(ElementType type) { return type == ElementType::float16 ? "float16" : "bfloat16"; }
 
 const char* name_of(Scores scores) {
@@ -73,21 +92,18 @@ const char* name_of(Scores scores) {
 
 }  // namespace
 
-void require_head_sizes(int head_dim, int head_dim_v) {
-  if (std::max(head_dim, head_dim_v) > largest_head_dim) {
-    fail(ErrorKind::not_implemented, "on an NVIDIA GPU MATE does not serve head sizes above ", largest_head_dim,
-         " (q and k have ", head_dim, ", v has ", head_dim_v, ") yet");
-  }
-}
-
 ForwardVariant choose_variant(const VariantChoice& choice) {
   ForwardVariant variant;
   variant.element = choice.type;
-  variant.head_dim = round_up(choice.head_dim, 16);
-  variant.head_dim_v = round_up(choice.head_dim_v, 16);
   variant.scores = choice.scores;
   variant.gather = choice.gather;
   variant.splits = choice.splits;
+  if (choice.qv || std::max(choice.head_dim, choice.head_dim_v) > largest_narrow_head_dim) {
+    set_wide_tiles(variant, choice);
+    return variant;
+  }
+  variant.head_dim = round_up(choice.head_dim, 16);
+  variant.head_dim_v = round_up(choice.head_dim_v, 16);
   const bool small = std::max(variant.head_dim, variant.head_dim_v) <= 64;
   variant.warpgroups = choice.few_rows ? 1 : small && !choice.gather && !choice.splits ? 3 : 2;
   variant.stages = 2;
@@ -122,24 +138,29 @@ std::uint64_t key_of(const ForwardVariant& v) {
   append(static_cast<int>(v.scores), 2);
   append(v.gather, 1);
   append(v.splits, 1);
+  append(v.wide, 1);
+  append(v.qv, 1);
   return key;
 }
 
 KernelSource source_of(const ForwardVariant& v) {
   const auto flag = [](bool value) { return value ? "true" : "false"; };
   KernelSource source;
-  source.name = join("forward_", name_of(v.element), "_d", v.head_dim, "_v", v.head_dim_v, "_rows", v.tile_rows(),
-                     "_keys", v.block_keys, v.scores == Scores::products ? "" : join("_", name_of(v.scores)),
-                     v.gather ? "_gather" : "", v.splits ? "_splits" : "");
+  const char* const kernel = v.wide ? "wide" : "forward";
+  source.name =
+      join(kernel, "_", name_of(v.element), "_d", v.head_dim, "_v", v.head_dim_v, v.qv ? "_qv" : "", "_rows",
+           v.tile_rows(), "_keys", v.block_keys, v.scores == Scores::products ? "" : join("_", name_of(v.scores)),
+           v.gather ? "_gather" : "", v.splits ? "_splits" : "");
   source.text = join(
-      "#include \"forward.h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n", source.name,
-      "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
+      "#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
+      source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
       "  constexpr mate::cuda::ForwardVariant variant{\n", "      .element = mate::ElementType::", name_of(v.element),
       ",\n", "      .head_dim = ", v.head_dim, ",\n", "      .head_dim_v = ", v.head_dim_v, ",\n",
       "      .warpgroups = ", v.warpgroups, ",\n", "      .block_keys = ", v.block_keys, ",\n",
       "      .stages = ", v.stages, ",\n", "      .q_stages = ", v.q_stages, ",\n",
       "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n", "      .gather = ", flag(v.gather), ",\n",
-      "      .splits = ", flag(v.splits), "};\n", "  mate::cuda::forward<variant>(arguments);\n}\n");
+      "      .splits = ", flag(v.splits), ",\n", "      .wide = ", flag(v.wide), ",\n", "      .qv = ", flag(v.qv),
+      "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
   source.shared_bytes = v.shared_bytes();
   return source;
 }
@@ -172,19 +193,20 @@ KernelSource combine_source() {
   return source;
 }
 
-std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType type, bool softcap) {
-  require_head_sizes(head_dim, head_dim_v);
+std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType type, bool softcap, bool qv) {
   std::vector<KernelSource> sources;
   std::set<std::string> names;
   for (int choices = 0; choices < 32; ++choices) {
     VariantChoice choice{head_dim, head_dim_v, type, softcap ? Scores::capped : Scores::products};
+    choice.qv = qv;
     bool* const flags[] = {&choice.gather, &choice.splits, &choice.few_rows, &choice.narrow, &choice.alike};
     for (int i = 0; i < 5; ++i) *flags[i] = (choices >> i & 1) != 0;
     const KernelSource source = source_of(choose_variant(choice));
     if (names.insert(source.name).second) sources.push_back(source);
   }
   sources.push_back(scheduler_metadata_source(
-      choose_variant({.head_dim = head_dim, .head_dim_v = head_dim_v, .type = type, .splits = true}).block_keys));
+      choose_variant({.head_dim = head_dim, .head_dim_v = head_dim_v, .type = type, .splits = true, .qv = qv})
+          .block_keys));
   sources.push_back(append_source(type));
   sources.push_back(combine_source());
   return sources;

@@ -20,6 +20,7 @@ struct VariantChoice {
   bool narrow =
       false;           ///< a block of keys is as wide as a tile is high: one lies on the diagonal, and few keys fill it
   bool alike = false;  ///< blocks are of one width whatever else is chosen, so that bits do not depend on it
+  bool qv = false;     ///< there are queries of values
 };
 
 /// The largest tiles that registers and shared memory hold.
@@ -36,8 +37,5 @@ KernelSource scheduler_metadata_source(int block_keys);
 /// Of the kernel that appends keys and values of a type to a cache, and of that which merges partial results.
 KernelSource append_source(ElementType type);
 KernelSource combine_source();
-
-/// Throws Error (not_implemented) for head sizes that no kernel serves.
-void require_head_sizes(int head_dim, int head_dim_v);
 
 }  // namespace mate::cuda

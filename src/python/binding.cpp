@@ -239,7 +239,8 @@ ffi::String describe_backends() {
 using NameAndText = ffi::Tuple<ffi::String, ffi::String>;
 
 /// The GPU kernels that calls of these head sizes and this type may need.
-ffi::Array<NameAndText> kernel_sources(std::int64_t head_dim, std::int64_t head_dim_v, DLDataType dtype, bool softcap) {
+ffi::Array<NameAndText> kernel_sources(std::int64_t head_dim, std::int64_t head_dim_v, DLDataType dtype, bool softcap,
+                                       bool qv) {
   ffi::Array<NameAndText> sources;
   with_python_errors([&] {
     mate::check_type("dtype", dtype, std::array{mate::bfloat16, mate::float16});
@@ -251,7 +252,7 @@ ffi::Array<NameAndText> kernel_sources(std::int64_t head_dim, std::int64_t head_
     };
     const int d = checked("head_dim", head_dim);
     const int dv = checked("head_dim_v", head_dim_v);
-    for (const mate::cuda::KernelSource& source : mate::cuda::kernels_for(d, dv, type, softcap)) {
+    for (const mate::cuda::KernelSource& source : mate::cuda::kernels_for(d, dv, type, softcap, qv)) {
       sources.push_back(NameAndText(source.name, source.text));
     }
   });

@@ -96,14 +96,25 @@ TEST_F(CudaKernels, RunAsTheirScheduleSays) {
     int head_dim_v;
     ElementType type = ElementType::bfloat16;
     bool softcap = false;
+    bool qv = false;
   };
   constexpr ElementType fp16 = ElementType::float16;
-  const std::vector<Model> models = {
-      {64, 64}, {128, 128}, {256, 256}, {192, 128}, {72, 40, fp16}, {64, 64, fp16, true}, {256, 256, fp16, true}};
+  const std::vector<Model> models = {{64, 64},
+                                     {128, 128},
+                                     {256, 256},
+                                     {192, 128},
+                                     {72, 40, fp16},
+                                     {64, 64, fp16, true},
+                                     {256, 256, fp16, true},
+                                     {512, 512},
+                                     {64, 512, ElementType::bfloat16, false, true},
+                                     {512, 512, fp16, true, true},
+                                     {64, 64, ElementType::bfloat16, true, true}};
   std::vector<KernelSource> sources;
   std::set<std::string> names;
   for (const Model& model : models) {
-    for (const KernelSource& source : kernels_for(model.head_dim, model.head_dim_v, model.type, model.softcap)) {
+    for (const KernelSource& source :
+         kernels_for(model.head_dim, model.head_dim_v, model.type, model.softcap, model.qv)) {
       if (names.insert(source.name).second) sources.push_back(source);
     }
   }

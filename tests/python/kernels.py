@@ -43,6 +43,7 @@ class Kind(NamedTuple):
     head_size_v: int
     dtype: torch.dtype
     softcap: bool = False
+    qv: bool = False
 
     @property
     def sources(self) -> dict[str, str]:

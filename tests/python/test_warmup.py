@@ -29,8 +29,10 @@ def cache(mate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def three_tiny_kernels(mate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of the library's kernels, which take longer to compile."""
 
-    def kernel_sources(head_dim: int, head_dim_v: int, dtype: torch.dtype, softcap: bool) -> list[tuple[str, str]]:
-        kind = f"{head_dim}_{head_dim_v}_{str(dtype).removeprefix('torch.')}_{softcap}"
+    def kernel_sources(
+        head_dim: int, head_dim_v: int, dtype: torch.dtype, softcap: bool, qv: bool
+    ) -> list[tuple[str, str]]:
+        kind = f"{head_dim}_{head_dim_v}_{str(dtype).removeprefix('torch.')}_{softcap}_{qv}"
         names = [f"tiny_{kind}_{i}" for i in range(3)]
         return [(name, f'extern "C" __global__ void {name}() {{}}') for name in names]
 
@@ -51,6 +53,7 @@ def test_kernels_follow_from_the_arguments(mate: ModuleType, cache: Path) -> Non
     assert mate.warmup(HEAD_DIM, 2 * HEAD_DIM) == 3
     assert mate.warmup(HEAD_DIM, dtypes=(torch.bfloat16, torch.float16)) == 3
     assert mate.warmup(HEAD_DIM, softcap=True) == 3
+    assert mate.warmup(HEAD_DIM, qv=True) == 3
 
 
 @pytest.mark.usefixtures("three_tiny_kernels")
@@ -65,7 +68,7 @@ def test_progress_is_shown_on_stderr(mate: ModuleType, cache: Path, capfd: pytes
 
 
 def test_warmup_on_the_command_line(mate: ModuleType, cache: Path) -> None:
-    kernels = len(mate._library.kernel_sources(HEAD_DIM, HEAD_DIM, torch.bfloat16, False))
+    kernels = len(mate._library.kernel_sources(HEAD_DIM, HEAD_DIM, torch.bfloat16, False, False))
     command = [sys.executable, "-m", "mate", "warmup", "--head-dim", str(HEAD_DIM), "--dtype", "bfloat16"]
     for compiled in (kernels, 0):
         run = subprocess.run(command, capture_output=True, text=True)
@@ -82,8 +85,6 @@ def test_wrong_arguments_are_refused(mate: ModuleType, cache: Path) -> None:
             mate.warmup(head_dim)
         with pytest.raises(ValueError, match=f"head_dim_v must be from 1 to 512, got {head_dim}"):
             mate.warmup(HEAD_DIM, head_dim)
-    with pytest.raises(NotImplementedError, match="head sizes above 256"):
-        mate.warmup(HEAD_DIM, 257)
     assert not cache.exists()
 
 
