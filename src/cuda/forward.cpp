@@ -234,10 +234,6 @@ void require_served(const Problem& p, int device_id) {
     if (type == ElementType::float32) fail(ErrorKind::not_implemented, "float32 is served on the CPU only");
     if (type == ElementType::float8_e4m3) refuse("float8_e4m3fn");
   }
-  if (p.qv.given()) refuse("qv");
-  if (std::max(p.head_dim, p.head_dim_v) > 256) {
-    refuse("head sizes above 256 (q and k have ", p.head_dim, ", v has ", p.head_dim_v, ")");
-  }
 }
 
 void forward(const Problem& problem, int device_id, void* stream, const Allocate& allocate) {

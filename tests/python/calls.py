@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from kernels import NOT_SERVED, STEP, Kind, kinds_of_run
+from kernels import STEP, Kind, kinds_of_run
 from reference import FP8, Arguments, normalise, raw, sequences, visible
 
 FUNCTIONS = (
@@ -205,6 +205,8 @@ class _Drawer:
         self.numbers = torch.Generator(self.device).manual_seed(seed)
         on_cpu = self.device.type == "cpu"
         self.kinds: Optional[list[Kind]] = forced["kinds"] if "kinds" in forced else None if on_cpu else kinds_of_run()
+        if self.kinds is not None and not any(kind.packs for kind in self.kinds):
+            self.functions = tuple(name for name in functions if name != "flash_attn_qkvpacked_func")
         # What a call may cost: its products, the blocks of keys of a wide call, and its query rows.
         self.most_work, self.most_blocks, self.most_rows = (1e7, 9, 700) if on_cpu else (3e8, 16, 1000)
         # Rows that are all aligned to 16 bytes take another way to a GPU's kernels.
@@ -219,9 +221,6 @@ class _Drawer:
     def choose(self, name: str, probability: float) -> bool:
         """A choice that the caller of `draw` may have fixed."""
         return self.forced.get(name, self.chance(probability))
-
-    def is_served(self, feature: Optional[str]) -> bool:
-        return self.kinds is None or feature not in NOT_SERVED
 
     def integer(self, value: int) -> Any:
         """An integer argument: an int, or something else with __index__."""
@@ -304,7 +303,7 @@ class _Drawer:
         if self.kinds is not None:
             kinds = [kind for kind in self.kinds if (kind.dtype, kind.dtype) in types]
             if packed:
-                kinds = [kind for kind in kinds if kind.head_size == kind.head_size_v]
+                kinds = [kind for kind in kinds if kind.packs]
             self.kind = self.dice.choice(kinds)
             types = [(self.kind.dtype, self.kind.dtype)]
         self.dtype, self.dtype_k = self.dice.choice([pair for pair in types if not packed or pair[0] == pair[1]])
@@ -379,7 +378,7 @@ class _Drawer:
             self.arguments["seqused_q"] = self.indices(used)
         self.lengths_q = used if padded else lengths
         self.arguments["q"] = self.values((*self.rows, self.heads, self.d), self.dtype, copied=True)
-        if self.chance(0.15) and self.is_served("qv"):
+        if self.chance(0.15) if self.kind is None else self.kind.qv:
             self.arguments["qv"] = self.values((*self.rows, self.heads, self.dv), self.dtype, copied=True)
 
     def keys_and_values(self, shape: tuple[int, ...], names: tuple[str, str], copied: bool) -> None:

@@ -33,6 +33,8 @@ KINDS = (
     Kind(128, 128, torch.bfloat16),
     Kind(80, 48, torch.float16),
     Kind(256, 256, torch.float16),
+    Kind(64, 512, torch.bfloat16, qv=True),
+    Kind(512, 512, torch.float16),
 )
 CALLS_OF_KIND = 8
 ROTARY = ("rotary_cos", "rotary_sin", "rotary_interleaved")
@@ -58,6 +60,8 @@ def several_tiles(kind: Kind, causal: bool) -> Call:
     """A call with several tiles of queries for each head, of several blocks of keys."""
     numbers = torch.Generator().manual_seed(SEED)
     shapes = {"q": (1, 300, 4, kind.head_size), "k": (1, 400, 2, kind.head_size), "v": (1, 400, 2, kind.head_size_v)}
+    if kind.qv:
+        shapes["qv"] = (1, 300, 4, kind.head_size_v)
     tensors = {name: torch.randn(shape, generator=numbers).to(kind.dtype) for name, shape in shapes.items()}
     softcap = 5.0 if kind.softcap else 0.0
     return Call("flash_attn_func", {**tensors, "causal": causal, "softcap": softcap, "return_attn_probs": True})
@@ -68,6 +72,8 @@ def decoding(kind: Kind) -> Call:
     numbers = torch.Generator().manual_seed(SEED)
     sizes = {"k": kind.head_size, "v": kind.head_size_v}
     shapes = {"q": (2, 2, 4, kind.head_size)}
+    if kind.qv:
+        shapes["qv"] = (2, 2, 4, kind.head_size_v)
     shapes |= {name: (2, 2, 2, size) for name, size in sizes.items()}
     shapes |= {f"{name}_cache": (50, 16, 2, size) for name, size in sizes.items()}
     arguments: dict[str, Any] = {
@@ -90,7 +96,10 @@ def mixed(kind: Kind) -> Call:
     counts = torch.tensor([1, 150, 1, 1, 0, 1], dtype=torch.int32)
     ends = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     arguments = {name: value for name, value in call.arguments.items() if name not in ("k", "v", *ROTARY)}
-    arguments["q"] = torch.randn((int(ends[-1]), 4, kind.head_size), generator=numbers).to(kind.dtype)
+    for name in ("q", "qv"):
+        if name in arguments:
+            shape = (int(ends[-1]), *arguments[name].shape[2:])
+            arguments[name] = torch.randn(shape, generator=numbers).to(kind.dtype)
     arguments["page_table"] = torch.randint(50, (len(counts), 25), generator=numbers, dtype=torch.int32)
     arguments["cache_seqlens"] = torch.tensor([390, 200, 5, 17, 100, 64], dtype=torch.int32)
     return Call(call.function, {**arguments, "cu_seqlens_q": ends, "max_seqlen_q": 150})

@@ -160,7 +160,7 @@ def test_calls_for_a_gpu_keep_to_few_kernels_and_to_what_is_served(mate: ModuleT
         assert not_served(call) == []
         a = call.normalised
         size, size_v = (-(-x.shape[-1] // STEP) * STEP for x in (a.q, a.v))
-        assert (size, size_v, a.q.dtype, a.softcap > 0) in kinds
+        assert (size, size_v, a.q.dtype, a.softcap > 0, a.qv is not None) in kinds
         rows = [x.stride(dim) for x in (a.q, a.k, a.v) for dim in range(x.dim() - 1) if x.shape[dim] > 1]
         counts["aligned"] += all(x.storage_offset() % 8 == 0 for x in (a.q, a.k, a.v)) and not any(n % 8 for n in rows)
         counts.update(features(call))

@@ -89,7 +89,16 @@ def mixed(counts: tuple, make: Callable[..., Call] = paged, **options: Any) -> C
     return Call(call.function, {**call.arguments, **ragged_queries})
 
 
-MAKERS = [normal, ragged, cached, paged, appending]
+def latent(lengths: tuple = (500, 64, 129, 0), rows: int = 2, heads: int = 16, **options: Any) -> Call:
+    """Multi-head latent attention: one key head, whose latent and rope parts are views of one paged cache."""
+    cache = randn(len(lengths) * 32 + 3, 16, 1, 576)
+    table = torch.randperm(len(cache), device=DEVICE)[: len(lengths) * 32].to(torch.int32).view(-1, 32)
+    arguments = {"q": randn(len(lengths), rows, heads, 64), "qv": randn(len(lengths), rows, heads, 512)}
+    arguments |= {"k_cache": cache[..., 512:], "v_cache": cache[..., :512], "page_table": table}
+    return cached(lengths, rows, **{**arguments, "softmax_scale": 192**-0.5, **options})
+
+
+MAKERS = [normal, ragged, cached, paged, appending, latent]
 
 
 def capture(call: Call, mate: ModuleType) -> tuple[torch.cuda.CUDAGraph, tuple]:
@@ -263,6 +272,23 @@ def test_prompts_and_decoding_in_one_call(
     """On few multiprocessors one block of threads goes from tiles of prompts to decoded rows and back."""
     random.seed(seed)
     check(mixed(tuple(counts), make, sm_margin=margin), mate)
+
+
+@pytest.mark.parametrize("heads", [1, 16, 48, 128])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 150])
+@pytest.mark.parametrize("options", [{}, {"num_splits": 1}, {"num_splits": 5}, {"batch_invariant": True}], ids=str)
+def test_latent_attention(mate: ModuleType, device: str, rows: int, heads: int, options: dict) -> None:
+    check(latent(rows=rows, heads=heads, **options), mate)
+
+
+@pytest.mark.parametrize("sizes", [(512, 512), (257, 300)], ids=str)
+@pytest.mark.parametrize("qv", [False, True])
+def test_wide_heads(mate: ModuleType, device: str, sizes: tuple, qv: bool) -> None:
+    d, dv = sizes
+    tensors = {"q": randn(2, 200, 4, d), "k": randn(2, 300, 2, d), "v": randn(2, 300, 2, dv)}
+    if qv:
+        tensors["qv"] = randn(2, 200, 4, dv)
+    check(Call("flash_attn_func", {**tensors, "causal": True, "return_attn_probs": True}), mate)
 
 
 @pytest.mark.parametrize("margin", [1, 8, 100, 131, 132, 10_000])
@@ -592,12 +618,9 @@ def not_served_calls() -> dict[str, Call]:
     """One call for each thing that is not served, and nothing else."""
     call = normal()
     q, k, v = (call.arguments[name] for name in ("q", "k", "v"))
-    wide = randn(2, 5, 2, 264)
     return {
         "float32": Call("flash_attn_func", {name: x.float() for name, x in zip("qkv", (q, k, v))}),
         "float8_e4m3fn": Call("flash_attn_func", {name: x.to(FP8) for name, x in zip("qkv", (q, k, v))}),
-        "qv": Call("flash_attn_func", {"q": q, "k": k, "v": v, "qv": q}),
-        "wide heads": Call("flash_attn_func", dict.fromkeys("qkv", wide)),
     }
 
 

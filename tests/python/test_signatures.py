@@ -174,7 +174,6 @@ def test_flash_attn_3_is_the_name_of_the_drop_in(module: ModuleType) -> None:
         assert getattr(module, function) is getattr(importlib.import_module("mate"), function)
 
 
-@pytest.mark.needs("qv")
 def test_all_positionally(mate: ModuleType, device: str) -> None:
     numbers = torch.Generator().manual_seed(3)
     q, k, v, qv = (torch.randn(2, 5, 4, 8, generator=numbers).to(device, torch.bfloat16) for _ in range(4))
