@@ -28,7 +28,7 @@ struct ForwardShared {
   TileBuffer<variant.k_bytes()> k_tiles[variant.stages];
   TileBuffer<variant.v_bytes()> v_tiles[variant.stages];
   SharedWeights<variant> weights;
-  TileWork works[work_stages];
+  alignas(16) TileWork works[work_stages];
   KeyRange visible[64 * variant.warpgroups];  ///< to each row of each consumer, where some of its keys are hidden
   float of_rows[variant.wide ? 64 * variant.warpgroups : 1];  ///< which consumers of the same rows exchange
   int merges[variant.row_groups()];                           ///< whether the parts of some rows are all done
