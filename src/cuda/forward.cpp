@@ -131,18 +131,18 @@ int choose_pack(const Problem& p, const ForwardVariant& variant) {
   return p.pack_gqa == 1 || saves_tiles(most_rows(p)) || saves_tiles(mean_rows(p)) ? pack : 1;
 }
 
-/// At least as many tiles as there are: only the device knows the lengths of ragged sequences.
+/// At least as many tiles as there are, of all units.
 std::int64_t most_tiles(const Problem& p, const Tiling& tiling) {
-  const std::int64_t tiles = p.ragged_queries() ? std::int64_t{tiles_of(tiling, p.queries.rows)} + p.batch
-                                                : std::int64_t{tiles_of(tiling, p.queries.rows)} * p.batch;
-  return tiles * (p.heads_q / tiling.pack);
+  return mate::most_tiles(tiling, p.ragged_queries(), p.queries.rows, p.batch) * (p.heads_q / tiling.pack);
+}
+
+/// Keys that there is room for.
+std::int64_t key_capacity(const Problem& p) {
+  return p.keys.paged() ? std::int64_t{p.keys.max_pages} * p.keys.rows : p.keys.rows;
 }
 
 /// Keys of the longest sequence, as far as the host knows.
-int most_keys(const Problem& p) {
-  const std::int64_t capacity = p.keys.paged() ? std::int64_t{p.keys.max_pages} * p.keys.rows : p.keys.rows;
-  return static_cast<int>(std::min<std::int64_t>(capacity, p.max_seqlen_k));
-}
+int most_keys(const Problem& p) { return static_cast<int>(std::min<std::int64_t>(key_capacity(p), p.max_seqlen_k)); }
 
 /// Whether all packed rows of any sequence fit one consumer: decoding, mostly. Where some rows of ragged sequences are
 /// not used, only the device knows how many there are to be cleared.
@@ -152,14 +152,18 @@ bool has_few_rows(const Problem& p) {
   return std::int64_t{most_rows(p)} * pack <= 64;
 }
 
+/// Whether a batch-invariant call may cut a sequence. How many rows ragged and padded ones have only the device knows.
+bool may_cut(const Problem& p, int block_keys) {
+  if (p.ragged_queries() || p.queries.seqused.given()) return true;
+  const int keys = clamp(key_capacity(p), 0, max_length);
+  return !AlignedCut({p.queries.rows, keys, keys}, {p.group(), p.heads_k, p.head_dim, p.head_dim_v, block_keys})
+              .leaves_whole();
+}
+
 /// Whether keys are shared out among blocks of threads: where the call says so, and where tiles are too few, or too
 /// uneven, to keep all multiprocessors busy to the end.
 bool shares_keys(const Problem& p, int multiprocessors) {
   constexpr int tiles_enough = 8;  // of each multiprocessor
-  if (p.batch_invariant) {
-    // Sequences of few rows are cut. How many rows ragged and padded ones have only the device knows.
-    return p.ragged_queries() || p.queries.seqused.given() || std::int64_t{p.queries.rows} * p.group() <= 64;
-  }
   if (p.num_splits != 0) return p.num_splits > 1;
   // Some sequences are read and others decoded: the ones need the matrix units, the others memory. Even shares of both
   // at once, side by side, take less time than one after the other.
@@ -176,12 +180,12 @@ Cut choose_cut(const Problem& p) {
 VariantChoice choose(const Problem& p, int multiprocessors) {
   constexpr int few_keys = 1024;
   VariantChoice choice{p.head_dim, p.head_dim_v, p.q.type, scores_of(p)};
-  choice.splits = shares_keys(p, multiprocessors);
   choice.few_rows = has_few_rows(p);
   choice.alike = p.batch_invariant;
   const bool diagonal = p.mask.right >= 0 || p.mask.chunk > 0;
   choice.narrow = diagonal || most_keys(p) <= few_keys;
   choice.qv = p.qv.given();
+  choice.splits = p.batch_invariant ? may_cut(p, choose_variant(choice).block_keys) : shares_keys(p, multiprocessors);
   return choice;
 }
 
@@ -196,14 +200,14 @@ int choose_box(const KeyLayout& keys, int block_keys) {
 /// Memory for the results of parts.
 void take_parts(const Problem& p, const ForwardVariant& variant, std::int64_t tiles, int workers, Scratch& scratch,
                 ForwardArguments& arguments) {
-  std::int64_t grains = 0;
-  if (arguments.cut.kind == Cut::Kind::counted) grains = tiles * arguments.cut.size;
-  if (arguments.cut.kind == Cut::Kind::aligned) {
-    grains = tiles * std::min<std::int64_t>(divide_up(most_keys(p), variant.block_keys) + 1, most_aligned_parts + 1);
-  }
-  const std::int64_t slots = slots_of(arguments.cut, workers, grains);
-  require(slots < max_length, "the call would have ", slots, " parts, which must be fewer than 2**31");
   PartialResults& parts = arguments.parts;
+  if (arguments.cut.kind == Cut::Kind::counted) parts.slots_of_tile = arguments.cut.size;
+  if (arguments.cut.kind == Cut::Kind::aligned) {
+    const std::int64_t blocks = divide_up(key_capacity(p), variant.block_keys);
+    parts.slots_of_tile = static_cast<int>(clamp(divide_up(blocks, least_aligned_blocks), 1, most_aligned_parts));
+  }
+  const std::int64_t slots = arguments.cut.parts_are_grains() ? tiles * parts.slots_of_tile : slots_of(workers);
+  require(slots < max_length, "the call would have ", slots, " parts, which must be fewer than 2**31");
   parts.rows =
       static_cast<int>(std::min<std::int64_t>(arguments.tile_rows, std::int64_t{most_rows(p)} * arguments.pack));
   const std::int64_t rows = slots * parts.rows;

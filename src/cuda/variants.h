@@ -31,7 +31,7 @@ std::uint64_t key_of(const ForwardVariant& variant);
 
 KernelSource source_of(const ForwardVariant& variant);
 
-/// Of the kernel that counts the grains of sequences, for blocks of so many keys.
+/// Of the kernel that counts the steps of sequences, for blocks of so many keys.
 KernelSource scheduler_metadata_source(int block_keys);
 
 /// Of the kernel that appends keys and values of a type to a cache, and of that which merges partial results.

@@ -96,7 +96,9 @@ class ForwardConsumer : Consumer<variant> {
     for (;;) {
       // Steps to blocks of the same tile that need no mask.
       const BlockRange whole = work_of(tile).whole;
-      if (n > whole.begin && n <= whole.end) {
+      const int part_begin = begin_of_part(tile, n);
+      const int whole_begin = max(whole.begin, part_begin);
+      if (n > whole_begin && n <= whole.end) {
         await_keys();
         await_values();
         do {
@@ -112,10 +114,11 @@ class ForwardConsumer : Consumer<variant> {
           await_values();
           round_weights(scores, weights);
           if (__any_sync(~0U, rescales)) scale_rows<variant.head_dim_v>(sums, rescale);
-        } while (n > whole.begin);
+        } while (n > whole_begin);
       }
-      // A step to any block, perhaps the next tile's first.
-      const bool last = n == work_of(tile).blocks.begin;
+      // A step to any block, perhaps the first of the next part or tile.
+      const bool ends_part = n == part_begin;
+      const bool last = variant.splits ? n == work_of(tile).blocks.begin : ends_part;
       bool more = true;    // there is a block for this consumer
       bool skips = false;  // there is none of it in the next tile
       TilePlace next = tile;
@@ -133,8 +136,8 @@ class ForwardConsumer : Consumer<variant> {
         if (last) {
           n = work_of(next).blocks.end;
           await_queries();
-          softmax = OnlineSoftmax(a_.exponent_scale);
         }
+        if (ends_part) softmax = OnlineSoftmax(a_.exponent_scale);
         --n;
         await_keys();
         await_values();
@@ -155,17 +158,25 @@ class ForwardConsumer : Consumer<variant> {
         ptx::hold(sums);
         if (skips) release(shared_.v.empty[next_.before(1).stage()]);
       }
-      if (last) {
-        results_.write(work_of(tile), sums, finished);
-        release_tile(tile);
-        tile = next;
-        if (!more) return skips;
+      if (ends_part) {
+        results_.write(work_of(tile), part_begin, sums, finished);
+        if (last) {
+          release_tile(tile);
+          tile = next;
+          if (!more) return skips;
+        }
 #pragma unroll
         for (float& sum : sums) sum = 0;
       } else if (__any_sync(~0U, rescales)) {
         scale_rows<variant.head_dim_v>(sums, rescale);
       }
     }
+  }
+
+  /// Of the part of a tile that block n belongs to.
+  __device__ int begin_of_part(TilePlace tile, int n) const {
+    if constexpr (!variant.splits) return work_of(tile).blocks.begin;
+    return work_of(tile).begin_of_part(a_.cut, n);
   }
 
   /// Whether a tile has no rows for this consumer: decoding, in a batch that is not all decoding.

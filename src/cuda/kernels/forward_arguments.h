@@ -12,6 +12,7 @@ struct PartialResults {
   float* sums = nullptr;     ///< (slots, rows, dv rounded up), float32
   float* weights = nullptr;  ///< (slots, rows, 2): the exponent of 2 that they are relative to, and their sum
   int rows = 0;
+  int slots_of_tile = 0;  ///< where each tile has its own, since it is cut into parts of its own
 };
 
 struct ForwardArguments {

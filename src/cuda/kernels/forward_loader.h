@@ -137,7 +137,7 @@ class ForwardLoader {
       if (ahead) load_values();
       if (n == last) {
         if (loads_keys()) load_q(work);
-        if (variant.splits && loads_values()) find_part(work);
+        if (variant.splits && loads_values()) find_parts(work);
       }
       if (n < begin) return found;
       before = places;
@@ -147,9 +147,14 @@ class ForwardLoader {
   }
 
   /// While the first keys are on their way; the barrier of the values tells consumers.
-  __device__ void find_part(TileWork& work) const {
+  __device__ void find_parts(TileWork& work) const {
     if (first_lane() && (!variant.gather || threadIdx.x < 64)) {
-      work.part = part_of(a_.cut, work.shares, work.grains, work.first_grain);
+      const Problem& p = a_.problem;
+      const Tiling tiling = variant.tiling(a_.pack);
+      const int tile =
+          tile_number(tiling, p.ragged_queries(), p.queries.rows, work.sequence, work.place.first_q, work.tile);
+      const int first_slot = (tile * (p.heads_q / a_.pack) + work.unit) * a_.parts.slots_of_tile;
+      work.parts = parts_of(a_.cut, work.shares, work.steps, work.cut, blockIdx.x, work.blocks, first_slot);
     }
   }
 

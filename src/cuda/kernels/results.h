@@ -27,13 +27,14 @@ class ResultWriter {
   __device__ ResultWriter(const ForwardArguments& arguments, int consumer, int* is_last)
       : a_(arguments), consumer_(consumer), is_last_(is_last) {}
 
-  /// Of a tile, or a part of one, whose keys have all been seen.
-  __device__ void write(const TileWork& work, Sums sums, const OnlineSoftmax& softmax) const {
+  /// Of a tile, or the part of it that begins with block `begin`, whose keys have all been seen: the last of the parts
+  /// that this block of threads takes comes first.
+  __device__ void write(const TileWork& work, int begin, Sums sums, const OnlineSoftmax& softmax) const {
     const Problem& p = a_.problem;
     if constexpr (variant.splits) {
-      if (work.part.count > 1) {
-        store_part(work, sums, softmax);
-        if (is_last_part(work)) merge_parts(work);
+      if (work.parts.count > 1) {
+        store_part(work, work.part_at(a_.cut, begin), sums, softmax);
+        if (begin == work.blocks.begin && are_all_done(work)) merge_parts(work);
         return;
       }
     }
@@ -68,16 +69,16 @@ class ResultWriter {
 
   /// A row of a slot of partial results.
   __device__ long long partial_row(const TileWork& work, int part, int row) const {
-    return static_cast<long long>(work.part.slot(part)) * a_.parts.rows + row;
+    return static_cast<long long>(work.parts.slot(part)) * a_.parts.rows + row;
   }
 
-  __device__ void store_part(const TileWork& work, Sums sums, const OnlineSoftmax& softmax) const {
+  __device__ void store_part(const TileWork& work, int part, Sums sums, const OnlineSoftmax& softmax) const {
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
       const int row = group() * 64 + accumulator_row(i);
       const float2 weight = softmax.partial(i);
       if (place_of(a_, work, row).query >= work.used) continue;
-      const long long at = partial_row(work, work.part.index, row);
+      const long long at = partial_row(work, part, row);
       float* const target = a_.parts.sums + at * variant.head_dim_v + first_column() + accumulator_column();
 #pragma unroll
       for (int j = 0; j < columns / 8; ++j) {
@@ -87,13 +88,14 @@ class ResultWriter {
     }
   }
 
-  /// Tells that this part of the rows is done. Whether it was the last.
-  __device__ bool is_last_part(const TileWork& work) const {
-    if (work.part.reported == 0) return false;
+  /// Tells that this block's parts of the rows are done. Whether they were the last.
+  __device__ bool are_all_done(const TileWork& work) const {
     await_others();
+    const int others = work.parts.count - work.parts.taken;
+    if (others == 0) return true;
     if (thread() == 0) {
-      int* const done = a_.counters + work.part.counter * variant.row_groups() + group();
-      const bool last = ptx::add_and_synchronize(done, work.part.reported) == work.part.count - work.part.reported;
+      int* const done = a_.counters + work.parts.counter * variant.row_groups() + group();
+      const bool last = ptx::add_and_synchronize(done, work.parts.taken) == others;
       if (last) *done = 0;
       is_last_[group()] = last;
     }
@@ -116,7 +118,7 @@ class ResultWriter {
       }
       auto* const out = static_cast<unsigned short*>(p.out.at(slot, out_row, place.head));
       const float lse = merge_row<float4, true>(
-          work.part.count, sink_of(p, place.head), p.head_dim_v,
+          work.parts.count, sink_of(p, place.head), p.head_dim_v,
           [&](int part) {
             const auto* const weights = reinterpret_cast<const float2*>(a_.parts.weights);
             const float2 weight = __ldcg(weights + partial_row(work, part, row));

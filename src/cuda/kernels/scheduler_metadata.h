@@ -1,4 +1,4 @@
-// How many grains each sequence of a call has: what a call's scheduler finds for itself.
+// How many steps each sequence of a call takes (attention/shares.h): what a call's scheduler finds for itself.
 #pragma once
 
 #include "ptx/launch.h"
@@ -11,9 +11,9 @@ template <ForwardVariant variant>
 __device__ void scheduler_metadata(const ForwardArguments& a, int* out, long long stride) {
   ptx::begin_overlapped();
   const int b = blockIdx.x * blockDim.x + threadIdx.x;
-  const GrainCounter<variant> counter(a);
-  const int grains = counter.count(b).grains * counter.units();
-  if (b < a.problem.batch) out[b * stride] = grains;
+  const StepCounter<variant> counter(a);
+  const int steps = counter.count(b).steps * counter.units();
+  if (b < a.problem.batch) out[b * stride] = steps;
 }
 
 }  // namespace mate::cuda

@@ -6,9 +6,9 @@
 
 namespace mate::cuda {
 
-/// Counts the grains of sequences. Used by all lanes of one warp together.
+/// Counts the steps of sequences. Used by all lanes of one warp together.
 template <ForwardVariant variant>
-class GrainCounter : public TileFinder<variant> {
+class StepCounter : public TileFinder<variant> {
  public:
   using TileFinder<variant>::TileFinder;
   using TileFinder<variant>::a_;
@@ -19,22 +19,35 @@ class GrainCounter : public TileFinder<variant> {
 
   __device__ static int warp_sum(int x) { return __reduce_add_sync(~0U, x); }
 
-  __device__ int distance_of(const Lengths& lengths, int capacity, int tile) const {
-    if (a_.cut.kind == Cut::Kind::aligned) return aligned_distance(lengths, problem().group(), variant.block_keys);
-    if constexpr (variant.row_groups() == 1) return 1;
+  /// Of a tile of a sequence with so many rows of out.
+  __device__ int blocks_of_step(int capacity, int tile) const {
+    if constexpr (variant.row_groups() == 1) return mate::blocks_of_step(false);
     // Half a tile is one consumer's: the others skip it.
-    return even_distance((capacity * a_.pack - tile * a_.tile_rows) * 2 <= variant.tile_rows());
+    return mate::blocks_of_step((capacity * a_.pack - tile * a_.tile_rows) * 2 <= variant.tile_rows());
   }
 
-  __device__ int grains_of_tile(const Lengths& lengths, int capacity, int tile) const {
-    const BlockRange blocks = this->blocks_of_tile(lengths, this->used_rows(lengths), tile);
-    return grains_of(a_.cut, blocks, distance_of(lengths, capacity, tile));
+  /// Of a tile that needs these blocks of keys.
+  __device__ int steps_of(int capacity, int tile, BlockRange blocks) const {
+    return TileCut({}, blocks, blocks_of_step(capacity, tile)).steps();
+  }
+
+  __device__ TileCut cut_of(const Lengths& lengths, int capacity, int tile, BlockRange blocks) const {
+    int aligned = 0;
+    if (a_.cut.kind == Cut::Kind::aligned) {
+      const Problem& p = problem();
+      aligned = AlignedCut(lengths, {p.group(), p.heads_k, p.head_dim, p.head_dim_v, variant.block_keys}).distance();
+    }
+    return {a_.cut, blocks, blocks_of_step(capacity, tile), aligned};
+  }
+
+  __device__ int steps_of_tile(const Lengths& lengths, int capacity, int tile) const {
+    return steps_of(capacity, tile, this->blocks_of_tile(lengths, this->used_rows(lengths), tile));
   }
 
   /// What there is to do for a sequence.
   struct Count {
-    int tiles = 0;   ///< of one unit
-    int grains = 0;  ///< of them all
+    int tiles = 0;  ///< of one unit
+    int steps = 0;  ///< of them all
     int capacity = 0;
     Sequence place;
     KeyRange first, last;  ///< keys that its first and last row see, where they are in one tile
@@ -62,7 +75,7 @@ class GrainCounter : public TileFinder<variant> {
     const auto of = [&](int x) { return __shfl_sync(~0U, x, source); };
     Count theirs;
     theirs.tiles = of(count.tiles);
-    theirs.grains = of(count.grains);
+    theirs.steps = of(count.steps);
     theirs.capacity = of(count.capacity);
     theirs.place.lengths = {of(count.place.lengths.sq), of(count.place.lengths.sk), of(count.place.lengths.total)};
     theirs.place.first_q = of(count.place.first_q);
@@ -92,74 +105,72 @@ class GrainCounter : public TileFinder<variant> {
       }
       blocks = blocks_of_keys(this->tiling(), keys_of_some_row(count.first, count.last));
     }
-    count.grains = grains_of(a_.cut, blocks, distance_of(lengths, count.capacity, 0));
+    count.steps = steps_of(count.capacity, 0, blocks);
   }
 
   __device__ void count_tiles(Count& count) const {
     if (count.tiles <= few_tiles) {
 #pragma unroll 1
       for (int tile = 0; tile < count.tiles; ++tile)
-        count.grains += grains_of_tile(count.place.lengths, count.capacity, tile);
+        count.steps += steps_of_tile(count.place.lengths, count.capacity, tile);
     }
 #pragma unroll 1
     for (unsigned long_ones = __ballot_sync(~0U, count.tiles > few_tiles); long_ones != 0; long_ones &= long_ones - 1) {
       const int source = __ffs(long_ones) - 1;
       const Count theirs = from(count, source);
-      int grains = 0;
+      int steps = 0;
 #pragma unroll 1
       for (int tile = lane(); tile < theirs.tiles; tile += 32)
-        grains += grains_of_tile(theirs.place.lengths, theirs.capacity, tile);
-      grains = warp_sum(grains);
-      if (lane() == source) count.grains = grains;
+        steps += steps_of_tile(theirs.place.lengths, theirs.capacity, tile);
+      steps = warp_sum(steps);
+      if (lane() == source) count.steps = steps;
     }
   }
 };
 
 /// Used by all lanes of one warp together.
 template <ForwardVariant variant>
-class SplitScheduler : GrainCounter<variant> {
+class SplitScheduler : StepCounter<variant> {
  public:
-  __device__ explicit SplitScheduler(const ForwardArguments& arguments) : GrainCounter<variant>(arguments) {
+  __device__ explicit SplitScheduler(const ForwardArguments& arguments) : StepCounter<variant>(arguments) {
     // The last sequences are counted first, so that the first ones need not be counted twice.
     int fewest = max_length;  // in a tile
     int most = 0;
 #pragma unroll 1
     for (int chunk = divide_up(problem().batch, 32) - 1; chunk >= 0; --chunk) {
       count_ = this->count(32 * chunk + lane());
-      const int grains = this->warp_sum(count_.grains);
-      grains_of_unit_ += grains;
-      if (lane() == chunk) grains_of_chunk_ = grains;
+      const int steps = this->warp_sum(count_.steps);
+      steps_of_unit_ += steps;
+      if (lane() == chunk) steps_of_chunk_ = steps;
       // Where a sequence has several tiles, 0: they are not alike.
-      const int of_tile = count_.tiles <= 1 ? count_.grains : 0;
+      const int of_tile = count_.tiles <= 1 ? count_.steps : 0;
       if (count_.tiles > 0 && of_tile < fewest) fewest = of_tile;
       if (of_tile > most) most = of_tile;
     }
     fewest = __reduce_min_sync(~0U, fewest);
-    shares_ = Shares(grains_of_unit_ * units(), gridDim.x, fewest == __reduce_max_sync(~0U, most) ? fewest : 0);
+    shares_ = Shares(steps_of_unit_ * units(), gridDim.x, fewest == __reduce_max_sync(~0U, most) ? fewest : 0);
     share_ = shares_.of(blockIdx.x);
     if (share_.begin < share_.end) {
-      unit_ = static_cast<int>(static_cast<unsigned>(share_.begin) / static_cast<unsigned>(grains_of_unit_));
-      seek(share_.begin - unit_ * grains_of_unit_);
+      unit_ = static_cast<int>(static_cast<unsigned>(share_.begin) / static_cast<unsigned>(steps_of_unit_));
+      seek(share_.begin - unit_ * steps_of_unit_);
     }
   }
 
   /// Writes the next piece to `work`. Returns whether there was one.
   __device__ bool next(TileWork& work) {
-    const bool any = share_.begin < share_.end;
-    if (any) {
-      find(work);
-    } else if (lane() == 0) {
-      work.sequence = -1;
+    while (share_.begin < share_.end) {
+      if (find(work)) return true;
     }
-    return any;
+    if (lane() == 0) work.sequence = -1;
+    return false;
   }
 
  private:
-  using Count = typename GrainCounter<variant>::Count;
-  using GrainCounter<variant>::a_;
-  using GrainCounter<variant>::lane;
-  using GrainCounter<variant>::problem;
-  using GrainCounter<variant>::units;
+  using Count = typename StepCounter<variant>::Count;
+  using StepCounter<variant>::a_;
+  using StepCounter<variant>::lane;
+  using StepCounter<variant>::problem;
+  using StepCounter<variant>::units;
 
   /// The sum over this lane and those before it.
   __device__ static int warp_prefix_sum(int x) {
@@ -171,14 +182,14 @@ class SplitScheduler : GrainCounter<variant> {
     return x;
   }
 
-  /// Goes to the chunk of 32 sequences in which a grain of the unit lies, or to the first that no lane remembers.
-  __device__ void seek(int grain) {
-    const int end = warp_prefix_sum(grains_of_chunk_);
-    const unsigned beyond = __ballot_sync(~0U, end > grain);
+  /// Goes to the chunk of 32 sequences in which a step of the unit lies, or to the first that no lane remembers.
+  __device__ void seek(int step) {
+    const int end = warp_prefix_sum(steps_of_chunk_);
+    const unsigned beyond = __ballot_sync(~0U, end > step);
     const int chunk = beyond != 0 ? __ffs(beyond) - 1 : 32;
-    end_of_sequence_ = unit_ * grains_of_unit_;
+    end_of_sequence_ = unit_ * steps_of_unit_;
     if (chunk == 0) {
-      end_of_sequence_ += warp_prefix_sum(count_.grains);
+      end_of_sequence_ += warp_prefix_sum(count_.steps);
     } else {
       // The end of the chunk before, from which find() goes on.
       first_sequence_ = 32 * (chunk - 1);
@@ -186,7 +197,8 @@ class SplitScheduler : GrainCounter<variant> {
     }
   }
 
-  __device__ void find(TileWork& work) {
+  /// Goes past the steps of a tile. Returns whether there is something to do in them.
+  __device__ bool find(TileWork& work) {
     unsigned beyond = 0;
 #pragma unroll 1
     while ((beyond = __ballot_sync(~0U, end_of_sequence_ > share_.begin)) == 0) {
@@ -197,18 +209,16 @@ class SplitScheduler : GrainCounter<variant> {
         ++unit_;
       }
       if (problem().batch > 32) count_ = this->count(first_sequence_ + lane());
-      end_of_sequence_ = begin + warp_prefix_sum(count_.grains);
+      end_of_sequence_ = begin + warp_prefix_sum(count_.steps);
     }
     const int found = __ffs(beyond) - 1;
     const Count count = this->from(count_, found);
     Share tile;
     tile.end = __shfl_sync(~0U, end_of_sequence_, found);
-    tile.begin = tile.end - count.grains;
+    tile.begin = tile.end - count.steps;
     int index = 0;
     if constexpr (!variant.one_tile()) index = count.tiles == 1 ? 0 : find_tile(count, tile);
-    const int room = tile.end - share_.begin;
-    const int left = share_.end - share_.begin;
-    const int taken = a_.cut.takes_single_grains() ? 1 : room < left ? room : left;
+    const Share taken{share_.begin, tile.end < share_.end ? tile.end : share_.end};
     if (lane() == 0) {
       work.sequence = first_sequence_ + found;
       work.unit = unit_;
@@ -217,8 +227,7 @@ class SplitScheduler : GrainCounter<variant> {
       work.capacity = count.capacity;
       work.used = this->used_rows(count.place.lengths);
       work.shares = shares_;
-      work.grains = tile;
-      work.first_grain = share_.begin;
+      work.steps = tile;
       if constexpr (variant.one_tile()) {
         work.first_query = 0;
         work.first_head = 0;
@@ -226,31 +235,35 @@ class SplitScheduler : GrainCounter<variant> {
       }
     }
     if constexpr (!variant.one_tile()) this->find_keys(work);
+    bool any = true;
     if (lane() == 0) {
-      const BlockRange blocks =
-          blocks_of_grains(a_.cut, work.blocks, this->distance_of(count.place.lengths, count.capacity, index),
-                           share_.begin - tile.begin, taken);
+      const TileCut cut = this->cut_of(count.place.lengths, count.capacity, index, work.blocks);
+      const BlockRange blocks = cut.blocks_of_steps(taken.begin - tile.begin, taken.end - tile.begin);
+      // One without keys is whoever has its step.
+      any = blocks.size() > 0 || cut.blocks.size() == 0;
+      work.cut = cut;
       work.blocks = blocks;
       if (work.whole.begin < blocks.begin) work.whole.begin = blocks.begin;
       if (work.whole.end > blocks.end) work.whole.end = blocks.end;
     }
-    share_.begin += taken;
+    share_.begin = taken.end;
+    return !a_.cut.parts_are_grains() || __shfl_sync(~0U, static_cast<int>(any), 0) != 0;
   }
 
-  /// The tile of the unit with the grains `unit` in which the next grain lies; the last tile, which has the most keys,
-  /// comes first. `unit` becomes the tile's grains.
+  /// The tile of the unit with the steps `unit` in which the next step lies; the last tile, which has the most keys,
+  /// comes first. `unit` becomes the tile's steps.
   __device__ int find_tile(const Count& count, Share& unit) const {
     int begin = unit.begin;
 #pragma unroll 1
     for (int first = 0;; first += 32) {
       const int tile = count.tiles - 1 - (first + lane());
-      const int grains = tile >= 0 ? this->grains_of_tile(count.place.lengths, count.capacity, tile) : 0;
-      const int end = begin + warp_prefix_sum(grains);
+      const int steps = tile >= 0 ? this->steps_of_tile(count.place.lengths, count.capacity, tile) : 0;
+      const int end = begin + warp_prefix_sum(steps);
       const unsigned beyond = __ballot_sync(~0U, end > share_.begin);
       if (beyond != 0) {
         const int found = __ffs(beyond) - 1;
         unit.end = __shfl_sync(~0U, end, found);
-        unit.begin = unit.end - __shfl_sync(~0U, grains, found);
+        unit.begin = unit.end - __shfl_sync(~0U, steps, found);
         return count.tiles - 1 - (first + found);
       }
       begin = __shfl_sync(~0U, end, 31);
@@ -259,14 +272,14 @@ class SplitScheduler : GrainCounter<variant> {
 
   Shares shares_;
   Share share_;  ///< what is left of this block's
-  // Grains are counted unit by unit, so that heads of one sequence, whose rows are neighbours in memory, are read by
+  // Steps are counted unit by unit, so that heads of one sequence, whose rows are neighbours in memory, are read by
   // several blocks of threads at the same time rather than by one of them one after another.
-  int grains_of_unit_ = 0;
-  int grains_of_chunk_ = 0;  ///< of that which has this lane's number
+  int steps_of_unit_ = 0;
+  int steps_of_chunk_ = 0;  ///< of that which has this lane's number
   int unit_ = 0;
   int first_sequence_ = 0;
   Count count_;              ///< of this lane's sequence, among the 32 from first_sequence_ on
-  int end_of_sequence_ = 0;  ///< grain with which it ends
+  int end_of_sequence_ = 0;  ///< step with which it ends
 };
 
 }  // namespace mate::cuda

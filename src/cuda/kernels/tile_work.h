@@ -26,9 +26,18 @@ struct TileWork {
 
   // Where keys are shared out.
   Shares shares;
-  Share grains;         ///< of the tile
-  int first_grain = 0;  ///< of this block's part
-  TilePart part;        ///< found by the loader
+  Share steps;      ///< of the tile
+  TileCut cut;      ///< of all its blocks
+  TileParts parts;  ///< that this block of threads takes, one after another: found by the loader
+
+  /// The first block of the part that a block of keys belongs to.
+  __device__ int begin_of_part(const Cut& of_call, int n) const {
+    return of_call.parts_are_grains() ? cut.begin_of_grain(n) : blocks.begin;
+  }
+  /// The part that begins with a block.
+  __device__ int part_at(const Cut& of_call, int n) const {
+    return parts.first + (of_call.parts_are_grains() ? cut.grains_between(blocks.begin, n) : 0);
+  }
 };
 
 /// Finds the keys of tiles.

@@ -63,15 +63,24 @@ class WideConsumer : Consumer<variant> {
   using Consumer<variant>::work_of;
 
   __device__ void consume(TilePlace tile) {
+    await_queries();
+    const BlockRange blocks = work_of(tile).blocks;
+#pragma unroll 1
+    for (int end = blocks.end; end > blocks.begin;) {
+      const int begin = variant.splits ? work_of(tile).begin_of_part(a_.cut, end - 1) : blocks.begin;
+      consume_part(tile, {begin, end});
+      end = begin;
+    }
+  }
+
+  __device__ void consume_part(TilePlace tile, BlockRange blocks) {
     float sums[columns / 2] = {};
     float scores[keys / 2];
     float rescale[rows_of_thread];
     float largest[rows_of_thread];
     float others[rows_of_thread];
     OnlineSoftmax softmax(a_.exponent_scale);
-    const BlockRange blocks = work_of(tile).blocks;
 
-    await_queries();
 #pragma unroll 1
     for (int n = blocks.end - 1; n >= blocks.begin; --n) {
       await(shared_.k, next_);
@@ -108,7 +117,7 @@ class WideConsumer : Consumer<variant> {
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) softmax.set_sum(i, sum_of_row[i] + others[i]);
     await_other();  // it has read them, before others take their place
-    results_.write(work_of(tile), sums, softmax);
+    results_.write(work_of(tile), blocks.begin, sums, softmax);
   }
 
   /// Starts scores = queries x this consumer's keys, of q and k and, where it is given, of qv and v.
