@@ -194,7 +194,8 @@ constexpr long long slots_of(int workers) { return 2LL * workers; }
 constexpr int counters_of(int workers) { return workers; }
 
 /// The parts of a tile that a worker takes, with the blocks `taken`. Each worker shares at most the first and the last
-/// of its tiles with others. Where grains are parts, the tile's have slots from `first_slot` on.
+/// of its tiles with others. Slots from `first_slot` on are the tile's, where grains are parts, else those of all
+/// tiles.
 constexpr TileParts parts_of(const Cut& cut, const Shares& shares, Share tile, const TileCut& tile_cut, int worker,
                              BlockRange taken, int first_slot) {
   TileParts parts;
@@ -203,8 +204,8 @@ constexpr TileParts parts_of(const Cut& cut, const Shares& shares, Share tile, c
   if (!cut.parts_are_grains()) {
     parts.first = worker - first;
     parts.count = shares.worker_of(tile.end - 1) - first + 1;
-    parts.first_slot = 2 * first + 1;
-    parts.next_slot = 2 * (first + 1);
+    parts.first_slot = first_slot + 2 * first + 1;
+    parts.next_slot = first_slot + 2 * (first + 1);
     parts.step = 2;
   } else if (taken.size() > 0) {
     parts.first = tile_cut.grains_between(tile_cut.blocks.begin, taken.begin);

@@ -171,6 +171,20 @@ bool shares_keys(const Problem& p, int multiprocessors) {
   return has_few_rows(p) || most_tiles(p, {128, 128, p.group()}) < std::int64_t{tiles_enough} * multiprocessors;
 }
 
+/// How many tiles of each unit of a sequence are taken at the same time, since they need much the same keys: where all
+/// sequences have as many tiles, and the positions of their queries are close together.
+int choose_team(const Problem& p, const ForwardVariant& variant, int pack, int multiprocessors) {
+  constexpr int largest = 8;
+  const int rows = most_rows(p);
+  const bool alike = !p.queries.seqused.given() &&
+                     (!p.ragged_queries() || std::int64_t{rows} * p.batch == p.queries.rows) && p.mask.chunk == 0;
+  if (variant.one_tile() || !alike || rows > variant.block_keys) return 1;
+  const int tiles = tiles_of(variant.tiling(pack), rows);
+  int team = std::max(1, std::min({tiles, largest, multiprocessors}));
+  while (tiles % team != 0) --team;
+  return team;
+}
+
 Cut choose_cut(const Problem& p) {
   if (p.batch_invariant) return {Cut::Kind::aligned};
   if (p.num_splits > 1) return {Cut::Kind::counted, p.num_splits};
@@ -288,6 +302,8 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
   if (variant.splits) {
     blocks = std::min(multiprocessors, counters_of_launch / counters_of(variant.row_groups()));
     arguments.cut = choose_cut(p);
+    arguments.team = choose_team(p, variant, arguments.pack, blocks);
+    blocks -= blocks % arguments.team;
     take_parts(p, variant, tiles, blocks, scratch, arguments);
   }
   const Kernel kernel = forward_kernels().load(gpu, key_of(variant), [&] { return source_of(variant); });

@@ -90,8 +90,8 @@ TEST(Shares, PartsOfATileMakeItWhole) {
           // With no more than the grain it begins last, a worker has no more than its steps.
           EXPECT_LE(blocks.size(), (end - begin) * cuts[i].step + cuts[i].distance - 1);
         }
-        const TileParts parts =
-            parts_of(cut, shares, tile, cuts[i], worker, blocks, static_cast<int>(i) * slots_of_tile);
+        const TileParts parts = parts_of(cut, shares, tile, cuts[i], worker, blocks,
+                                         cut.parts_are_grains() ? static_cast<int>(i) * slots_of_tile : 0);
         EXPECT_EQ(parts.first, next_part);
         next_part += parts.taken;
         all.push_back(parts);

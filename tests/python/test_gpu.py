@@ -281,6 +281,29 @@ def test_latent_attention(mate: ModuleType, device: str, rows: int, heads: int, 
     check(latent(rows=rows, heads=heads, **options), mate)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 16, 100])
+@pytest.mark.parametrize("heads", [8, 128])
+def test_parts_of_long_sequences_do_not_depend_on_the_batch(
+    mate: ModuleType, device: str, heads: int, rows: int
+) -> None:
+    lengths = (9000, 500, 8191, 5000)
+    call = cached(
+        lengths,
+        q=randn(len(lengths), rows, heads, 64),
+        k_cache=randn(len(lengths), max(lengths), 2, 64),
+        v_cache=randn(len(lengths), max(lengths), 2, 64),
+        batch_invariant=True,
+    )
+    check(call, mate)
+    out, lse = call.run(mate)[:2]
+    assert same_bits((out, lse), Call(call.function, {**call.arguments, "sm_margin": 77}).run(mate)[:2])
+    per_sequence = ("q", "k_cache", "v_cache", "cache_seqlens")
+    for b in range(len(lengths)):
+        own = {name: call.arguments[name][b : b + 1] for name in per_sequence}
+        alone = Call(call.function, {**call.arguments, **own})
+        assert same_bits((out[b : b + 1], lse[b : b + 1]), alone.run(mate)[:2])
+
+
 @pytest.mark.parametrize("sizes", [(512, 512), (257, 300)], ids=str)
 @pytest.mark.parametrize("qv", [False, True])
 def test_wide_heads(mate: ModuleType, device: str, sizes: tuple, qv: bool) -> None:

@@ -35,6 +35,7 @@ struct ForwardArguments {
 
   // Where the keys of tiles are shared out.
   Cut cut;
+  int team = 1;  ///< blocks of threads that take tiles of the same keys at the same time
   PartialResults parts;
 };
 

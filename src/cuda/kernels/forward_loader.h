@@ -150,11 +150,15 @@ class ForwardLoader {
   __device__ void find_parts(TileWork& work) const {
     if (first_lane() && (!variant.gather || threadIdx.x < 64)) {
       const Problem& p = a_.problem;
-      const Tiling tiling = variant.tiling(a_.pack);
-      const int tile =
-          tile_number(tiling, p.ragged_queries(), p.queries.rows, work.sequence, work.place.first_q, work.tile);
-      const int first_slot = (tile * (p.heads_q / a_.pack) + work.unit) * a_.parts.slots_of_tile;
-      work.parts = parts_of(a_.cut, work.shares, work.steps, work.cut, blockIdx.x, work.blocks, first_slot);
+      const Worker worker = this_worker<variant>(a_);
+      int first_slot = worker.member * static_cast<int>(slots_of(worker.workers));
+      if (a_.cut.parts_are_grains()) {
+        const int tile = tile_number(variant.tiling(a_.pack), p.ragged_queries(), p.queries.rows, work.sequence,
+                                     work.place.first_q, work.tile);
+        first_slot = (tile * (p.heads_q / a_.pack) + work.unit) * a_.parts.slots_of_tile;
+      }
+      work.parts = parts_of(a_.cut, work.shares, work.steps, work.cut, worker.number, work.blocks, first_slot);
+      work.parts.counter += worker.member * worker.workers;
     }
   }
 

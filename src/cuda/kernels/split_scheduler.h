@@ -10,7 +10,9 @@ namespace mate::cuda {
 template <ForwardVariant variant>
 class StepCounter : public TileFinder<variant> {
  public:
-  using TileFinder<variant>::TileFinder;
+  __device__ explicit StepCounter(const ForwardArguments& arguments, const Worker& worker = {})
+      : TileFinder<variant>(arguments), worker_(worker) {}
+
   using TileFinder<variant>::a_;
   using TileFinder<variant>::problem;
   using TileFinder<variant>::units;
@@ -46,7 +48,7 @@ class StepCounter : public TileFinder<variant> {
 
   /// What there is to do for a sequence.
   struct Count {
-    int tiles = 0;  ///< of one unit
+    int tiles = 0;  ///< of one unit, and of this worker's steps
     int steps = 0;  ///< of them all
     int capacity = 0;
     Sequence place;
@@ -58,7 +60,7 @@ class StepCounter : public TileFinder<variant> {
     Count count;
     if (b < problem().batch) {
       count.capacity = query_capacity(problem().queries, b);
-      count.tiles = this->tiles_of_capacity(count.capacity);
+      count.tiles = worker_.tiles_of(this->tiles_of_capacity(count.capacity));
       count.place = problem().sequence(b);
     }
     if constexpr (variant.one_tile()) {
@@ -88,6 +90,8 @@ class StepCounter : public TileFinder<variant> {
     return theirs;
   }
 
+  Worker worker_;
+
  private:
   /// Tiles that a lane counts by itself; those of a longer sequence all lanes count together.
   static constexpr int few_tiles = 4;
@@ -111,8 +115,8 @@ class StepCounter : public TileFinder<variant> {
   __device__ void count_tiles(Count& count) const {
     if (count.tiles <= few_tiles) {
 #pragma unroll 1
-      for (int tile = 0; tile < count.tiles; ++tile)
-        count.steps += steps_of_tile(count.place.lengths, count.capacity, tile);
+      for (int i = 0; i < count.tiles; ++i)
+        count.steps += steps_of_tile(count.place.lengths, count.capacity, worker_.tile(i));
     }
 #pragma unroll 1
     for (unsigned long_ones = __ballot_sync(~0U, count.tiles > few_tiles); long_ones != 0; long_ones &= long_ones - 1) {
@@ -120,8 +124,8 @@ class StepCounter : public TileFinder<variant> {
       const Count theirs = from(count, source);
       int steps = 0;
 #pragma unroll 1
-      for (int tile = lane(); tile < theirs.tiles; tile += 32)
-        steps += steps_of_tile(theirs.place.lengths, theirs.capacity, tile);
+      for (int i = lane(); i < theirs.tiles; i += 32)
+        steps += steps_of_tile(theirs.place.lengths, theirs.capacity, worker_.tile(i));
       steps = warp_sum(steps);
       if (lane() == source) count.steps = steps;
     }
@@ -132,7 +136,8 @@ class StepCounter : public TileFinder<variant> {
 template <ForwardVariant variant>
 class SplitScheduler : StepCounter<variant> {
  public:
-  __device__ explicit SplitScheduler(const ForwardArguments& arguments) : StepCounter<variant>(arguments) {
+  __device__ explicit SplitScheduler(const ForwardArguments& arguments)
+      : StepCounter<variant>(arguments, this_worker<variant>(arguments)) {
     // The last sequences are counted first, so that the first ones need not be counted twice.
     int fewest = max_length;  // in a tile
     int most = 0;
@@ -148,8 +153,8 @@ class SplitScheduler : StepCounter<variant> {
       if (of_tile > most) most = of_tile;
     }
     fewest = __reduce_min_sync(~0U, fewest);
-    shares_ = Shares(steps_of_unit_ * units(), gridDim.x, fewest == __reduce_max_sync(~0U, most) ? fewest : 0);
-    share_ = shares_.of(blockIdx.x);
+    shares_ = Shares(steps_of_unit_ * units(), worker_.workers, fewest == __reduce_max_sync(~0U, most) ? fewest : 0);
+    share_ = shares_.of(worker_.number);
     if (share_.begin < share_.end) {
       unit_ = static_cast<int>(static_cast<unsigned>(share_.begin) / static_cast<unsigned>(steps_of_unit_));
       seek(share_.begin - unit_ * steps_of_unit_);
@@ -171,6 +176,7 @@ class SplitScheduler : StepCounter<variant> {
   using StepCounter<variant>::lane;
   using StepCounter<variant>::problem;
   using StepCounter<variant>::units;
+  using StepCounter<variant>::worker_;
 
   /// The sum over this lane and those before it.
   __device__ static int warp_prefix_sum(int x) {
@@ -217,7 +223,7 @@ class SplitScheduler : StepCounter<variant> {
     tile.end = __shfl_sync(~0U, end_of_sequence_, found);
     tile.begin = tile.end - count.steps;
     int index = 0;
-    if constexpr (!variant.one_tile()) index = count.tiles == 1 ? 0 : find_tile(count, tile);
+    if constexpr (!variant.one_tile()) index = count.tiles == 1 ? worker_.tile(0) : find_tile(count, tile);
     const Share taken{share_.begin, tile.end < share_.end ? tile.end : share_.end};
     if (lane() == 0) {
       work.sequence = first_sequence_ + found;
@@ -256,15 +262,15 @@ class SplitScheduler : StepCounter<variant> {
     int begin = unit.begin;
 #pragma unroll 1
     for (int first = 0;; first += 32) {
-      const int tile = count.tiles - 1 - (first + lane());
-      const int steps = tile >= 0 ? this->steps_of_tile(count.place.lengths, count.capacity, tile) : 0;
+      const int i = count.tiles - 1 - (first + lane());
+      const int steps = i >= 0 ? this->steps_of_tile(count.place.lengths, count.capacity, worker_.tile(i)) : 0;
       const int end = begin + warp_prefix_sum(steps);
       const unsigned beyond = __ballot_sync(~0U, end > share_.begin);
       if (beyond != 0) {
         const int found = __ffs(beyond) - 1;
         unit.end = __shfl_sync(~0U, end, found);
         unit.begin = unit.end - __shfl_sync(~0U, steps, found);
-        return count.tiles - 1 - (first + found);
+        return worker_.tile(count.tiles - 1 - (first + found));
       }
       begin = __shfl_sync(~0U, end, 31);
     }

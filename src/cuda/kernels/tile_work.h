@@ -40,6 +40,40 @@ struct TileWork {
   }
 };
 
+/// Whose steps a block of threads takes. Where each sequence has several tiles that see much the same keys, as many
+/// blocks of threads, a team, take such tiles at the same time, so that the L2 cache has the keys for all but one: the
+/// tiles of each member, which are those with its number modulo the team's size, are a row of steps of their own, and
+/// members with the same number share it out among them.
+struct Worker {
+  int team = 1;
+  int member = 0;
+  int number = 0;   ///< among workers
+  int workers = 1;  ///< of the same member's steps
+
+  /// Of `tiles` tiles, how many are this member's.
+  __device__ int tiles_of(int tiles) const {
+    return team == 1 ? tiles : tiles > member ? divide(tiles - member - 1, team) + 1 : 0;
+  }
+  /// The tile that is number i of these.
+  __device__ int tile(int i) const { return member + i * team; }
+};
+
+template <ForwardVariant variant>
+__device__ Worker this_worker(const ForwardArguments& a) {
+  Worker worker;
+  worker.number = static_cast<int>(blockIdx.x);
+  worker.workers = static_cast<int>(gridDim.x);
+  if constexpr (!variant.one_tile()) {
+    if (a.team > 1) {
+      worker.team = a.team;
+      worker.number = divide(worker.number, a.team);
+      worker.workers = divide(worker.workers, a.team);
+      worker.member = static_cast<int>(blockIdx.x) - worker.number * a.team;
+    }
+  }
+  return worker;
+}
+
 /// Finds the keys of tiles.
 template <ForwardVariant variant>
 class TileFinder {
