@@ -83,6 +83,13 @@ class Consumer {
     }
   }
 
+  /// An accumulator's columns are already where the product with the values takes its first operand.
+  template <int count>
+  __device__ static void round_weights(const float (&scores)[count], unsigned (&weights)[count / 2]) {
+#pragma unroll
+    for (int i = 0; i < count / 2; ++i) weights[i] = pack<variant.element>(scores[2 * i], scores[2 * i + 1]);
+  }
+
   template <int stages>
   __device__ static void await(RingBarriers<stages>& ring, RingPlace<stages> place) {
     ring.full[place.stage()].wait(place.parity());

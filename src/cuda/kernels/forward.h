@@ -91,7 +91,7 @@ class ForwardConsumer : Consumer<variant> {
     this->modify_scores(scores);
     this->hide_keys(scores, work_of(tile), n * keys);
     softmax.template update<keys>(scores, rescale);
-    round_weights(scores, weights);
+    this->round_weights(scores, weights);
 
     for (;;) {
       // Steps to blocks of the same tile that need no mask.
@@ -112,7 +112,7 @@ class ForwardConsumer : Consumer<variant> {
           await_keys();
           finish_values(sums);
           await_values();
-          round_weights(scores, weights);
+          this->round_weights(scores, weights);
           if (__any_sync(~0U, rescales)) scale_rows<variant.head_dim_v>(sums, rescale);
         } while (n > whole_begin);
       }
@@ -150,7 +150,7 @@ class ForwardConsumer : Consumer<variant> {
         ptx::hold(scores);
         await_values_in_use();
         finish_values(sums);
-        round_weights(scores, weights);
+        this->round_weights(scores, weights);
       } else {
         await_values();
         start_values(weights, sums, value_matrix());
@@ -249,12 +249,6 @@ class ForwardConsumer : Consumer<variant> {
                                                       ptx::advance(v, step * 16 * chunk_row_bytes));
     }
     ptx::wgmma_commit();
-  }
-
-  /// An accumulator's columns are already where the product with the values takes its first operand.
-  __device__ static void round_weights(const float (&scores)[keys / 2], unsigned (&weights)[keys / 4]) {
-#pragma unroll
-    for (int i = 0; i < keys / 4; ++i) weights[i] = pack<variant.element>(scores[2 * i], scores[2 * i + 1]);
   }
 
   /// Waits for this consumer's turn. The first block of all is everybody's at once: then there is none, and false.
