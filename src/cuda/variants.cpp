@@ -60,8 +60,11 @@ int common_block_keys(const VariantChoice& choice) {
 /// Each consumer has whole chunks of the values' columns. Blocks are as wide for all calls of these head sizes.
 void set_wide_tiles(ForwardVariant& variant, const VariantChoice& choice) {
   constexpr int consumers = 2;
-  constexpr int least_keys = 16 * consumers;
   constexpr int most_wide_stages = 4;
+  // Products of fewer keys wait for shared memory: a second stage is not worth that. Blocks of twice as many have to
+  // fit twice, and their scores into registers beside the sums.
+  constexpr int good_keys = 64;
+  constexpr int most_columns_of_wider = 128;
   variant.wide = true;
   variant.qv = choice.qv;
   variant.head_dim = round_up(choice.head_dim, chunk_columns);
@@ -71,8 +74,9 @@ void set_wide_tiles(ForwardVariant& variant, const VariantChoice& choice) {
   const auto stages = [&] {
     return (tile_bytes - variant.q_bytes() - variant.p_bytes()) / (variant.k_bytes() + variant.v_bytes());
   };
-  variant.block_keys = 4 * least_keys;
-  while (stages() < 2 && variant.block_keys > least_keys) variant.block_keys /= 2;
+  variant.block_keys = 2 * good_keys;
+  if (stages() < 2 || variant.consumer_columns() > most_columns_of_wider) variant.block_keys = good_keys;
+  while (stages() < 1) variant.block_keys /= 2;
   variant.stages = std::min(stages(), most_wide_stages);
 }
 

@@ -30,8 +30,9 @@ struct ForwardShared {
   SharedWeights<variant> weights;
   alignas(16) TileWork works[work_stages];
   KeyRange visible[64 * variant.warpgroups];  ///< to each row of each consumer, where some of its keys are hidden
-  float of_rows[variant.wide ? 64 * variant.warpgroups : 1];  ///< which consumers of the same rows exchange
-  int merges[variant.row_groups()];                           ///< whether the parts of some rows are all done
+  float references[variant.wide ? variant.tile_rows() : 1];          ///< of rows: what weights are relative to
+  float weight_sums[variant.wide ? variant.row_groups() * 128 : 1];  ///< of rows, over the keys of each consumer
+  int merges[variant.row_groups()];                                  ///< whether the parts of some rows are all done
   RingBarriers<variant.q_stages> q;
   RingBarriers<variant.stages> k, v;
   RingBarriers<work_stages> work;

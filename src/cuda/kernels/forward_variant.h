@@ -42,8 +42,7 @@ struct ForwardVariant {
   constexpr int row_groups() const { return wide ? 1 : warpgroups; }
   /// Consumers of the same rows.
   constexpr int consumers_of_row() const { return warpgroups / row_groups(); }
-  /// Keys of a block that a consumer makes scores of, and columns of values that it sums up.
-  constexpr int consumer_keys() const { return block_keys / consumers_of_row(); }
+  /// Columns of values that a consumer sums up.
   constexpr int consumer_columns() const { return head_dim_v / consumers_of_row(); }
   /// Rows that there is room for. A tile holds whole queries, of `pack` rows each.
   constexpr int tile_rows() const { return 64 * row_groups(); }

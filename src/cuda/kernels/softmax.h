@@ -119,21 +119,14 @@ class OnlineSoftmax {
     return rescales;
   }
 
-  /// The same in two steps, for rows whose keys several threads have blocks of: first the largest scores of this one's,
-  /// then, once they are known, weights from the largest of all.
-  template <int keys>
-  __device__ static void find_largest(const float (&scores)[keys / 2], float (&largest)[rows_of_thread]) {
-#pragma unroll
-    for (int i = 0; i < rows_of_thread; ++i) largest[i] = quad_max(largest_of_row<keys>(scores, i, -infinity()));
+  /// Takes over what another thread, with weights of other keys of the same rows, has come to weigh row i relative to.
+  /// Returns whether that differs from before, so that everything summed is to be multiplied by `rescale`.
+  __device__ bool follow(int i, float reference, float& rescale) {
+    const bool exceeds = raise_reference(i, reference, rescale);
+    sum_[i] *= rescale;
+    return exceeds;
   }
-  template <int keys>
-  __device__ bool weigh(float (&scores)[keys / 2], const float (&largest)[rows_of_thread],
-                        float (&rescale)[rows_of_thread]) {
-    bool rescales = false;
-#pragma unroll
-    for (int i = 0; i < rows_of_thread; ++i) rescales |= weigh_row<keys>(scores, i, largest[i], rescale[i]);
-    return rescales;
-  }
+  __device__ float reference(int i) const { return reference_[i]; }
 
   /// The sum of row i's weights, which may then be replaced by that of more keys.
   __device__ float sum(int i) const { return quad_sum(sum_[i]); }
@@ -151,13 +144,19 @@ class OnlineSoftmax {
   }
 
  private:
+  /// From now on weights of row i are relative to `largest`, if that exceeds all before: then it returns true.
+  __device__ bool raise_reference(int i, float largest, float& rescale) {
+    const bool exceeds = largest > reference_[i];
+    rescale = exceeds ? exp2_approximately((reference_[i] - largest) * scale_) : 1;
+    reference_[i] = exceeds ? largest : reference_[i];
+    return exceeds;
+  }
+
   /// Makes weights of row i's scores, the largest of which is `largest`, and adds them up. Returns whether it exceeds
   /// all before.
   template <int keys>
   __device__ bool weigh_row(float (&scores)[keys / 2], int i, float largest, float& rescale) {
-    const bool exceeds = largest > reference_[i];
-    rescale = exceeds ? exp2_approximately((reference_[i] - largest) * scale_) : 1;
-    reference_[i] = exceeds ? largest : reference_[i];
+    const bool exceeds = raise_reference(i, largest, rescale);
     const float subtrahend = reference_[i] == -infinity() ? 0 : reference_[i] * scale_;
     float sum[2] = {sum_[i] * rescale, 0};
 #pragma unroll

@@ -1,25 +1,26 @@
 // Attention with wide heads, and with scores of values too (qv): the kernel of forward.h where the sums of a row are
 // more than a warpgroup has registers for, or its scores need the values.
 //
-// A tile is 64 query rows, which both consumers have in common. Each makes scores of half of a block's keys, and sums
-// up half of the values' columns. Scheduler and loaders are those of forward.h:
+// A tile is 64 query rows, which both consumers have in common. Blocks of keys are scored by the one and the other in
+// turns; each sums up half of the values' columns. Scheduler and loaders are those of forward.h:
 //
 // | who                        | does                                               | waits for  | tells     |
 // | -------------------------- | -------------------------------------------------- | ---------- | --------- |
 // | scheduler, loaders         | as in forward.h; qv is loaded behind q             |            |           |
-// | each consumer              | scores = queries x its half of a block's keys      | k.full     | k.empty   |
-// |                            | (+ qv x the same keys' values, transposed)         | v.full     | q.empty   |
-// |                            | finds its largest score of each row                | the other  | the other |
-// |                            | makes weights, relative to the largest of both,    |            |           |
-// |                            | and puts them in shared memory                     | the other  | the other |
-// |                            | rescales the sums where a row's maximum has grown  |            |           |
-// |                            | sums += all weights x its half of the columns      | v.full     | v.empty   |
-// |                            | after the last block adds up the row sums of both, | the other  | the other |
-// |                            | and stores its columns of out or of a part         |            |           |
+// | a consumer, of its block   | scores = queries x keys                            | k.full     |           |
+// |                            | (+ qv x the same keys' values, transposed)         | v.full     |           |
+// |                            | makes weights of the scores, and puts them in      |            | k.empty   |
+// |                            | shared memory, with what they are relative to      |            | the other |
+// |                            | rescales its sums where a row's maximum has grown, |            |           |
+// |                            | and sums += weights (in registers) x its columns   | v.full     | v.empty   |
+// | of the other's block       | rescales its sums likewise,                        | the other  | k.empty   |
+// |                            | and sums += those weights x its columns            | v.full     | v.empty   |
+// | after the last block       | both add up the row sums of each other,            | the other  | the other |
+// |                            | and store their columns of out or of a part        |            |           |
 //
-// So values are read once, though they are multiplied twice. While a block is worked on the next one is on its way:
-// with two stages of shared memory, of which qv needs the values of a block from its scores to its sums, nothing is to
-// be gained from making scores ahead.
+// So scores are products of as many keys as a block has, whose operands shared memory delivers in time, and no consumer
+// waits for the other but for its weights. A block is done with as soon as can be, rather than scored ahead: with two
+// stages of shared memory (or one), room for what is on its way counts for more than the time of the matrix units.
 #pragma once
 
 #include "consumer.h"
@@ -39,14 +40,12 @@ class WideConsumer : Consumer<variant> {
   }
 
  private:
-  static constexpr int block_keys = variant.block_keys;
-  static constexpr int keys = variant.consumer_keys();
+  static constexpr int keys = variant.block_keys;
   static constexpr int columns = variant.consumer_columns();
   static_assert(variant.warpgroups == 2 && keys % 16 == 0 && columns % chunk_columns == 0);
 
   using ScoreTile = float (&)[keys / 2];
   using Sums = float (&)[columns / 2];
-  using OfRows = float (&)[rows_of_thread];
 
   using typename Consumer<variant>::TilePlace;
   using Consumer<variant>::a_;
@@ -75,57 +74,97 @@ class WideConsumer : Consumer<variant> {
 
   __device__ void consume_part(TilePlace tile, BlockRange blocks) {
     float sums[columns / 2] = {};
-    float scores[keys / 2];
-    float rescale[rows_of_thread];
-    float largest[rows_of_thread];
-    float others[rows_of_thread];
     OnlineSoftmax softmax(a_.exponent_scale);
 
+    bool own = group_ == 0;
 #pragma unroll 1
-    for (int n = blocks.end - 1; n >= blocks.begin; --n) {
-      await(shared_.k, next_);
-      if constexpr (variant.qv) await(shared_.v, next_);
-      start_scores(scores);
-      ptx::wgmma_wait<0>();
-      ptx::hold(scores);
-      release(shared_.k.empty[next_.stage()]);
-      release_queries_at(tile, n);
-
-      this->modify_scores(scores);
-      this->hide_keys(scores, work_of(tile), n * block_keys + group_ * keys);
-      softmax.template find_largest<keys>(scores, largest);
-      exchange(largest, others);
-#pragma unroll
-      for (int i = 0; i < rows_of_thread; ++i) largest[i] = fmaxf(largest[i], others[i]);
-      const bool rescales = softmax.template weigh<keys>(scores, largest, rescale);
-      store_weights(scores);
-      if (__any_sync(~0U, rescales)) scale_rows<columns>(sums, rescale);
-      if constexpr (!variant.qv) await(shared_.v, next_);
-      await_other();
-
-      start_values(sums);
-      ptx::wgmma_wait<0>();
-      ptx::hold(sums);
-      release(shared_.v.empty[next_.stage()]);
+    for (int n = blocks.end - 1; n >= blocks.begin; --n, own = !own) {
+      if (own) {
+        add_own(tile, n, softmax, sums);
+      } else {
+        add_others(tile, n, softmax, sums);
+      }
       next_.advance();
     }
 
-    float sum_of_row[rows_of_thread];
-#pragma unroll
-    for (int i = 0; i < rows_of_thread; ++i) sum_of_row[i] = softmax.sum(i);
-    exchange(sum_of_row, others);
-#pragma unroll
-    for (int i = 0; i < rows_of_thread; ++i) softmax.set_sum(i, sum_of_row[i] + others[i]);
-    await_other();  // it has read them, before others take their place
+    add_weights_of_other(softmax);
     results_.write(work_of(tile), blocks.begin, sums, softmax);
   }
 
-  /// Starts scores = queries x this consumer's keys, of q and k and, where it is given, of qv and v.
+  /// Scores block n, and adds its weights and weighted values to the sums.
+  __device__ void add_own(TilePlace tile, int n, OnlineSoftmax& softmax, Sums sums) {
+    float scores[keys / 2];
+    float rescale[rows_of_thread];
+    unsigned weights[keys / 4];
+    await(shared_.k, next_);
+    if constexpr (variant.qv) await(shared_.v, next_);
+    start_scores(scores);
+    ptx::wgmma_wait<0>();
+    ptx::hold(scores);
+    release_keys(tile, n);
+
+    this->modify_scores(scores);
+    this->hide_keys(scores, work_of(tile), n * keys);
+    const bool rescales = softmax.template update<keys>(scores, rescale);
+    this->round_weights(scores, weights);
+    store_weights(weights);
+    store_references(softmax);
+    ptx::barrier_arrive(weights_barrier + group_, 256);
+    if (__any_sync(~0U, rescales)) scale_rows<columns>(sums, rescale);
+    if constexpr (!variant.qv) await(shared_.v, next_);
+    const unsigned v = value_matrix();
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < keys / 16; ++step) {
+      ptx::wgmma<variant.element, columns>(sums, weights + 4 * step, ptx::advance(v, step * 16 * chunk_row_bytes));
+    }
+    ptx::wgmma_commit();
+    finish_values(sums);
+  }
+
+  /// Adds the values of block n, weighted as the other consumer says.
+  __device__ void add_others(TilePlace tile, int n, OnlineSoftmax& softmax, Sums sums) {
+    release_keys(tile, n);
+    await(shared_.v, next_);
+    ptx::barrier_sync(weights_barrier + 1 - group_, 256);
+    float rescale[rows_of_thread];
+    bool rescales = false;
+#pragma unroll
+    for (int i = 0; i < rows_of_thread; ++i) {
+      rescales |= softmax.follow(i, shared_.references[accumulator_row(i)], rescale[i]);
+    }
+    if (__any_sync(~0U, rescales)) scale_rows<columns>(sums, rescale);
+    const unsigned p = ptx::matrix_at(ptx::shared_address(&shared_.weights.tile));
+    const unsigned v = value_matrix();
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < keys / 16; ++step) {
+      ptx::wgmma<variant.element, columns, ptx::Major::mn>(
+          sums, ptx::advance(p, step / 4 * variant.tile_rows() * chunk_row_bytes + step % 4 * 32),
+          ptx::advance(v, step * 16 * chunk_row_bytes), 1);
+    }
+    ptx::wgmma_commit();
+    finish_values(sums);
+  }
+
+  /// Waits until this block's values have been added.
+  __device__ void finish_values(Sums sums) const {
+    ptx::wgmma_wait<0>();
+    ptx::hold(sums);
+    release(shared_.v.empty[next_.stage()]);
+  }
+
+  /// Of block n, which this consumer has scored, or leaves to the other.
+  __device__ void release_keys(TilePlace tile, int n) {
+    release(shared_.k.empty[next_.stage()]);
+    release_queries_at(tile, n);
+  }
+
+  /// Starts scores = queries x keys, of q and k and, where it is given, of qv and v.
   __device__ void start_scores(ScoreTile scores) const {
-    constexpr int own_rows = keys * chunk_row_bytes;
     const unsigned q = query_matrix();
-    const unsigned k = ptx::matrix_at(ptx::shared_address(&shared_.k_tiles[next_.stage()]) + group_ * own_rows);
-    const unsigned v = ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[next_.stage()]) + group_ * own_rows);
+    const unsigned k = ptx::matrix_at(ptx::shared_address(&shared_.k_tiles[next_.stage()]));
+    const unsigned v = ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[next_.stage()]));
     ptx::wgmma_fence();
     multiply<variant.head_dim>(scores, q, k, 0);
     if constexpr (variant.qv) {
@@ -142,54 +181,58 @@ class WideConsumer : Consumer<variant> {
       const int chunk = step / 4;
       const int bytes = step % 4 * 32;
       ptx::wgmma<variant.element, keys>(scores, ptx::advance(q, chunk * variant.tile_rows() * chunk_row_bytes + bytes),
-                                        ptx::advance(k, chunk * block_keys * chunk_row_bytes + bytes),
+                                        ptx::advance(k, chunk * keys * chunk_row_bytes + bytes),
                                         accumulate | (step > 0));
     }
   }
 
-  /// Puts this consumer's weights where both read them.
-  __device__ void store_weights(const float (&scores)[keys / 2]) const {
-    unsigned char* const tile = shared_.weights.tile.rows + accumulator_column() * 2;
+  /// This consumer's columns of the next block's values.
+  __device__ unsigned value_matrix() const {
+    constexpr int chunk_bytes = keys * chunk_row_bytes;
+    return ptx::matrix_at(
+        ptx::shared_address(&shared_.v_tiles[next_.stage()]) + group_ * chunks_of(columns) * chunk_bytes, chunk_bytes);
+  }
+
+  /// Puts weights where the other consumer reads them. Those of the block before are in the way no more: only this
+  /// consumer has read them.
+  __device__ void store_weights(const unsigned (&weights)[keys / 4]) const {
+    const unsigned lane = threadIdx.x % 32;
+    const unsigned row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    const unsigned tile = ptx::shared_address(&shared_.weights.tile);
 #pragma unroll
-    for (int i = 0; i < rows_of_thread; ++i) {
-#pragma unroll
-      for (int j = 0; j < keys / 8; ++j) {
-        const unsigned offset = piece_offset<variant.tile_rows()>(accumulator_row(i), group_ * (keys / 8) + j);
-        *reinterpret_cast<unsigned*>(tile + offset) =
-            pack<variant.element>(scores[4 * j + 2 * i], scores[4 * j + 2 * i + 1]);
-      }
+    for (int j = 0; j < keys / 8; j += 2) {
+      const unsigned words[4] = {weights[2 * j], weights[2 * j + 1], weights[2 * j + 2], weights[2 * j + 3]};
+      ptx::store_matrices(tile + piece_offset<variant.tile_rows()>(row, j + lane / 16), words);
     }
     ptx::fence_proxy_async();
   }
 
-  /// Starts sums += weights of all of a block's keys x this consumer's columns of their values.
-  __device__ void start_values(Sums sums) const {
-    constexpr int chunk_bytes = block_keys * chunk_row_bytes;
-    const unsigned p = ptx::matrix_at(ptx::shared_address(&shared_.weights.tile));
-    const unsigned v = ptx::matrix_at(
-        ptx::shared_address(&shared_.v_tiles[next_.stage()]) + group_ * chunks_of(columns) * chunk_bytes, chunk_bytes);
-    ptx::wgmma_fence();
+  __device__ void store_references(const OnlineSoftmax& softmax) const {
+    if (accumulator_column() > 0) return;
 #pragma unroll
-    for (int step = 0; step < block_keys / 16; ++step) {
-      ptx::wgmma<variant.element, columns, ptx::Major::mn>(
-          sums, ptx::advance(p, step / 4 * variant.tile_rows() * chunk_row_bytes + step % 4 * 32),
-          ptx::advance(v, step * 16 * chunk_row_bytes), 1);
-    }
-    ptx::wgmma_commit();
+    for (int i = 0; i < rows_of_thread; ++i) shared_.references[accumulator_row(i)] = softmax.reference(i);
   }
 
-  /// Gives the other consumer a number for each row, and gets its own. A barrier has to stand between two exchanges.
-  __device__ void exchange(const float (&mine)[rows_of_thread], OfRows theirs) const {
+  /// Adds up the weights that either consumer has made.
+  __device__ void add_weights_of_other(OnlineSoftmax& softmax) const {
+    float* const own = shared_.weight_sums + group_ * 64;
+    const float* const others = shared_.weight_sums + (1 - group_) * 64;
+    float sum_of_row[rows_of_thread];
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
-      if (accumulator_column() == 0) shared_.of_rows[group_ * 64 + accumulator_row(i)] = mine[i];
+      sum_of_row[i] = softmax.sum(i);
+      if (accumulator_column() == 0) own[accumulator_row(i)] = sum_of_row[i];
     }
     await_other();
 #pragma unroll
-    for (int i = 0; i < rows_of_thread; ++i) theirs[i] = shared_.of_rows[(1 - group_) * 64 + accumulator_row(i)];
+    for (int i = 0; i < rows_of_thread; ++i) softmax.set_sum(i, sum_of_row[i] + others[accumulator_row(i)]);
+    await_other();  // it has read them, before others take their place
   }
 
   __device__ void await_other() const { ptx::barrier_sync(first_turn_barrier, 256); }
+
+  /// Of the weights that each consumer makes.
+  static constexpr int weights_barrier = first_turn_barrier + 1;
 };
 
 template <ForwardVariant variant>

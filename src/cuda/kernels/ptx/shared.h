@@ -31,6 +31,15 @@ __device__ inline void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+/// A warp stores four matrices of 8 by 8 elements of 16 bits (stmatrix). words[i] holds two elements of matrix i, as an
+/// accumulator does: those of row l / 4 from column 2 (l % 4) on in lane l. Lane l passes where row l % 8 of matrix l /
+/// 8 begins.
+__device__ inline void store_matrices(unsigned shared_address, const unsigned (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 /// Sets how many registers each thread of this warpgroup has: the whole warpgroup calls it.
 template <int registers>
 __device__ inline void give_up_registers() {
