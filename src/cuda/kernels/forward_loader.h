@@ -25,7 +25,7 @@ class ForwardLoader {
       found = load(shared_.works[work_.stage()], blocks);
       shared_.work.empty[work_.stage()].arrive();
     }
-    if (loads_keys()) announce_no_more();
+    if (!variant.wide && loads_keys()) announce_no_more();
   }
 
  private:
@@ -33,7 +33,7 @@ class ForwardLoader {
   __device__ static bool loads_keys() { return variant.gather || threadIdx.x < 64; }
   __device__ static bool loads_values() { return variant.gather || threadIdx.x >= 64; }
 
-  /// Consumers that are done with a block wait for the keys of the next, be there one or not.
+  /// Consumers that score ahead wait for the keys of the next block, be there one or not.
   __device__ void announce_no_more() {
     shared_.k.empty[next_.stage()].wait(next_.parity() ^ 1);
     if (variant.gather || first_lane()) shared_.k.full[next_.stage()].arrive();

@@ -30,7 +30,8 @@ struct ForwardShared {
   SharedWeights<variant> weights;
   alignas(16) TileWork works[work_stages];
   KeyRange visible[64 * variant.warpgroups];  ///< to each row of each consumer, where some of its keys are hidden
-  float references[variant.wide ? variant.tile_rows() : 1];          ///< of rows: what weights are relative to
+  float references[variant.wide ? variant.row_groups() * 128
+                                : 1];  ///< of rows: what each consumer's weights are relative to
   float weight_sums[variant.wide ? variant.row_groups() * 128 : 1];  ///< of rows, over the keys of each consumer
   int merges[variant.row_groups()];                                  ///< whether the parts of some rows are all done
   RingBarriers<variant.q_stages> q;
@@ -39,6 +40,7 @@ struct ForwardShared {
   ptx::Mbarrier begun;      ///< a tile: the next may be taken
   ptx::Mbarrier readable;   ///< is all memory: earlier kernels have ended
   ptx::Mbarrier v_fetched;  ///< of a block of values that the loader changes before consumers may have it
+  ptx::Mbarrier weighed[variant.consumers_of_row()];  ///< a block, by each of the consumers of the same rows
 
   __device__ void init() {
     constexpr int producers = variant.gather ? variant.loader_warps() * 32 : 1;
@@ -50,6 +52,7 @@ struct ForwardShared {
     begun.init(1);
     readable.init(1);
     v_fetched.init(1);
+    for (ptx::Mbarrier& barrier : weighed) barrier.init(4);
     ptx::fence_mbarrier_init();
   }
 };

@@ -109,7 +109,8 @@ class WideConsumer : Consumer<variant> {
     this->round_weights(scores, weights);
     store_weights(weights);
     store_references(softmax);
-    ptx::barrier_arrive(weights_barrier + group_, 256);
+    __syncwarp();
+    release(shared_.weighed[group_]);
     if (__any_sync(~0U, rescales)) scale_rows<columns>(sums, rescale);
     if constexpr (!variant.qv) await(shared_.v, next_);
     const unsigned v = value_matrix();
@@ -126,12 +127,14 @@ class WideConsumer : Consumer<variant> {
   __device__ void add_others(TilePlace tile, int n, OnlineSoftmax& softmax, Sums sums) {
     release_keys(tile, n);
     await(shared_.v, next_);
-    ptx::barrier_sync(weights_barrier + 1 - group_, 256);
+    shared_.weighed[1 - group_].wait(weighed_parity_);
+    weighed_parity_ ^= 1;
+    const float* const references = shared_.references + (1 - group_) * 64;
     float rescale[rows_of_thread];
     bool rescales = false;
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
-      rescales |= softmax.follow(i, shared_.references[accumulator_row(i)], rescale[i]);
+      rescales |= softmax.follow(i, references[accumulator_row(i)], rescale[i]);
     }
     if (__any_sync(~0U, rescales)) scale_rows<columns>(sums, rescale);
     const unsigned p = ptx::matrix_at(ptx::shared_address(&shared_.weights.tile));
@@ -210,7 +213,8 @@ class WideConsumer : Consumer<variant> {
   __device__ void store_references(const OnlineSoftmax& softmax) const {
     if (accumulator_column() > 0) return;
 #pragma unroll
-    for (int i = 0; i < rows_of_thread; ++i) shared_.references[accumulator_row(i)] = softmax.reference(i);
+    for (int i = 0; i < rows_of_thread; ++i)
+      shared_.references[group_ * 64 + accumulator_row(i)] = softmax.reference(i);
   }
 
   /// Adds up the weights that either consumer has made.
@@ -231,8 +235,7 @@ class WideConsumer : Consumer<variant> {
 
   __device__ void await_other() const { ptx::barrier_sync(first_turn_barrier, 256); }
 
-  /// Of the weights that each consumer makes.
-  static constexpr int weights_barrier = first_turn_barrier + 1;
+  unsigned weighed_parity_ = 0;  ///< of the block that the other consumer scores next
 };
 
 template <ForwardVariant variant>
