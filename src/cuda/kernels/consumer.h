@@ -21,6 +21,8 @@ class Consumer {
 
  protected:
   using TilePlace = RingPlace<ForwardShared<variant>::work_stages>;
+  using ScoreTile = float (&)[variant.block_keys / 2];
+  using Sums = float (&)[variant.consumer_columns() / 2];
 
   /// The first of its rows in the tile.
   __device__ int first_row() const { return variant.wide ? 0 : group_ * 64; }
@@ -54,8 +56,46 @@ class Consumer {
     __syncwarp();
   }
 
+  /// The first block of the part of a tile that block n belongs to.
+  __device__ int begin_of_part(TilePlace tile, int n) const {
+    if constexpr (!variant.splits) return work_of(tile).blocks.begin;
+    return work_of(tile).begin_of_part(a_.cut, n);
+  }
+
   __device__ unsigned query_matrix() const {
     return ptx::matrix_at(ptx::shared_address(&shared_.q_tiles[q_.stage()]) + first_row() * chunk_row_bytes);
+  }
+  __device__ unsigned key_matrix() const {
+    return ptx::matrix_at(ptx::shared_address(&shared_.k_tiles[next_.stage()]));
+  }
+  /// This consumer's columns of a block of values.
+  __device__ unsigned value_matrix(RingPlace<variant.stages> place) const {
+    constexpr int chunk_bytes = variant.block_keys * chunk_row_bytes;
+    const int first_chunk = variant.wide ? group_ * chunks_of(variant.consumer_columns()) : 0;
+    return ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[place.stage()]) + first_chunk * chunk_bytes,
+                          chunk_bytes);
+  }
+
+  /// Starts scores = queries x keys and, where there are queries of values, + these x values (`v`).
+  __device__ static void start_scores(ScoreTile scores, unsigned q, unsigned k, [[maybe_unused]] unsigned v = 0) {
+    ptx::wgmma_fence();
+    multiply<variant.head_dim>(scores, q, k, 0);
+    if constexpr (variant.qv) {
+      constexpr int q_part = chunks_of(variant.head_dim) * variant.tile_rows() * chunk_row_bytes;
+      multiply<variant.head_dim_v>(scores, ptx::advance(q, q_part), v, 1);
+    }
+    ptx::wgmma_commit();
+  }
+
+  /// Starts sums += weights x values.
+  __device__ static void start_values(const unsigned (&weights)[variant.block_keys / 4], Sums sums, unsigned v) {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < variant.block_keys / 16; ++step) {
+      ptx::wgmma<variant.element, variant.consumer_columns()>(sums, weights + 4 * step,
+                                                              ptx::advance(v, step * 16 * chunk_row_bytes));
+    }
+    ptx::wgmma_commit();
   }
 
   /// What the call does to a product of a query and a key before it is compared with others.
@@ -111,6 +151,19 @@ class Consumer {
   ResultWriter<variant> results_;
   RingPlace<variant.q_stages> q_;
   RingPlace<variant.stages> next_;  ///< of the block that comes next
+
+ private:
+  template <int head_dim>
+  __device__ static void multiply(ScoreTile scores, unsigned q, unsigned k, int accumulate) {
+#pragma unroll
+    for (int step = 0; step < head_dim / 16; ++step) {
+      const int chunk = step / 4;
+      const int bytes = step % 4 * 32;
+      ptx::wgmma<variant.element, variant.block_keys>(
+          scores, ptx::advance(q, chunk * variant.tile_rows() * chunk_row_bytes + bytes),
+          ptx::advance(k, chunk * variant.block_keys * chunk_row_bytes + bytes), accumulate | (step > 0));
+    }
+  }
 };
 
 /// A forward kernel: its block of threads divided among those who schedule, load, and consume.

@@ -50,21 +50,25 @@ class ForwardConsumer : Consumer<variant> {
   }
 
  private:
-  using ScoreTile = float (&)[keys / 2];
-  using Sums = float (&)[variant.head_dim_v / 2];
-
+  using typename Consumer<variant>::ScoreTile;
+  using typename Consumer<variant>::Sums;
   using typename Consumer<variant>::TilePlace;
   using Consumer<variant>::a_;
   using Consumer<variant>::await;
   using Consumer<variant>::await_queries;
+  using Consumer<variant>::begin_of_part;
   using Consumer<variant>::find_tile;
   using Consumer<variant>::group_;
+  using Consumer<variant>::key_matrix;
   using Consumer<variant>::next_;
   using Consumer<variant>::query_matrix;
   using Consumer<variant>::release_queries_at;
   using Consumer<variant>::release_tile;
   using Consumer<variant>::results_;
   using Consumer<variant>::shared_;
+  using Consumer<variant>::start_scores;
+  using Consumer<variant>::start_values;
+  using Consumer<variant>::value_matrix;
   using Consumer<variant>::work_of;
 
   /// From this tile on, until one is found that is nothing to this consumer. Returns whether there is one, in `tile`.
@@ -153,7 +157,7 @@ class ForwardConsumer : Consumer<variant> {
         this->round_weights(scores, weights);
       } else {
         await_values();
-        start_values(weights, sums, value_matrix());
+        start_values(weights, sums, value_matrix(next_.before(1)));
         ptx::wgmma_wait<0>();
         ptx::hold(sums);
         if (skips) release(shared_.v.empty[next_.before(1).stage()]);
@@ -171,12 +175,6 @@ class ForwardConsumer : Consumer<variant> {
         scale_rows<variant.head_dim_v>(sums, rescale);
       }
     }
-  }
-
-  /// Of the part of a tile that block n belongs to.
-  __device__ int begin_of_part(TilePlace tile, int n) const {
-    if constexpr (!variant.splits) return work_of(tile).blocks.begin;
-    return work_of(tile).begin_of_part(a_.cut, n);
   }
 
   /// Whether a tile has no rows for this consumer: decoding, in a batch that is not all decoding.
@@ -203,7 +201,7 @@ class ForwardConsumer : Consumer<variant> {
   __device__ void start_products(ScoreTile scores, const unsigned (&weights)[keys / 4], Sums sums) {
     const unsigned q = query_matrix();
     const unsigned k = key_matrix();
-    const unsigned v = value_matrix();
+    const unsigned v = value_matrix(next_.before(1));
     if constexpr (variant.warpgroups > 1) await_turn();
     start_scores(scores, q, k);
     start_values(weights, sums, v);
@@ -218,37 +216,6 @@ class ForwardConsumer : Consumer<variant> {
     ptx::wgmma_wait<0>();
     ptx::hold(sums);
     release(shared_.v.empty[next_.before(2).stage()]);
-  }
-
-  __device__ unsigned key_matrix() const {
-    return ptx::matrix_at(ptx::shared_address(&shared_.k_tiles[next_.stage()]));
-  }
-  __device__ unsigned value_matrix() const {
-    return ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[next_.before(1).stage()]), keys * chunk_row_bytes);
-  }
-
-  /// Starts scores = queries x keys.
-  __device__ static void start_scores(ScoreTile scores, unsigned q, unsigned k) {
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < variant.head_dim / 16; ++step) {
-      const int chunk = step / 4;
-      const int bytes = step % 4 * 32;
-      ptx::wgmma<variant.element, keys>(scores, ptx::advance(q, chunk * variant.tile_rows() * chunk_row_bytes + bytes),
-                                        ptx::advance(k, chunk * keys * chunk_row_bytes + bytes), step > 0);
-    }
-    ptx::wgmma_commit();
-  }
-
-  /// Starts sums += weights x values.
-  __device__ static void start_values(const unsigned (&weights)[keys / 4], Sums sums, unsigned v) {
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < keys / 16; ++step) {
-      ptx::wgmma<variant.element, variant.head_dim_v>(sums, weights + 4 * step,
-                                                      ptx::advance(v, step * 16 * chunk_row_bytes));
-    }
-    ptx::wgmma_commit();
   }
 
   /// Waits for this consumer's turn. The first block of all is everybody's at once: then there is none, and false.

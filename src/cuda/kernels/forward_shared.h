@@ -30,10 +30,10 @@ struct ForwardShared {
   SharedWeights<variant> weights;
   alignas(16) TileWork works[work_stages];
   KeyRange visible[64 * variant.warpgroups];  ///< to each row of each consumer, where some of its keys are hidden
-  float references[variant.wide ? variant.row_groups() * 128
-                                : 1];  ///< of rows: what each consumer's weights are relative to
-  float weight_sums[variant.wide ? variant.row_groups() * 128 : 1];  ///< of rows, over the keys of each consumer
-  int merges[variant.row_groups()];                                  ///< whether the parts of some rows are all done
+  // Of rows, by each of the consumers that have them in common: what its weights are relative to, and their sums.
+  float references[variant.wide ? 64 * variant.warpgroups : 1];
+  float weight_sums[variant.wide ? 64 * variant.warpgroups : 1];
+  int merges[variant.row_groups()];  ///< whether the parts of some rows are all done
   RingBarriers<variant.q_stages> q;
   RingBarriers<variant.stages> k, v;
   RingBarriers<work_stages> work;

@@ -58,6 +58,9 @@ class ResultWriter {
     }
   }
 
+  /// Waits for the other threads of the rows' consumers.
+  __device__ void await_others() const { ptx::barrier_sync(first_row_group_barrier + group(), threads); }
+
  private:
   static constexpr int threads = 128 * variant.consumers_of_row();  // of the consumers of a row
 
@@ -142,7 +145,6 @@ class ResultWriter {
 
   /// Of those of the same rows.
   __device__ int thread() const { return first_column() / columns * 128 + static_cast<int>(threadIdx.x % 128); }
-  __device__ void await_others() const { ptx::barrier_sync(first_row_group_barrier + group(), threads); }
 
   const ForwardArguments& a_;
   int consumer_;

@@ -156,7 +156,7 @@ class SplitScheduler : StepCounter<variant> {
     shares_ = Shares(steps_of_unit_ * units(), worker_.workers, fewest == __reduce_max_sync(~0U, most) ? fewest : 0);
     share_ = shares_.of(worker_.number);
     if (share_.begin < share_.end) {
-      unit_ = static_cast<int>(static_cast<unsigned>(share_.begin) / static_cast<unsigned>(steps_of_unit_));
+      unit_ = divide(share_.begin, steps_of_unit_);
       seek(share_.begin - unit_ * steps_of_unit_);
     }
   }

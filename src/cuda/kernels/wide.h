@@ -44,21 +44,24 @@ class WideConsumer : Consumer<variant> {
   static constexpr int columns = variant.consumer_columns();
   static_assert(variant.warpgroups == 2 && keys % 16 == 0 && columns % chunk_columns == 0);
 
-  using ScoreTile = float (&)[keys / 2];
-  using Sums = float (&)[columns / 2];
-
+  using typename Consumer<variant>::Sums;
   using typename Consumer<variant>::TilePlace;
   using Consumer<variant>::a_;
   using Consumer<variant>::await;
   using Consumer<variant>::await_queries;
+  using Consumer<variant>::begin_of_part;
   using Consumer<variant>::find_tile;
   using Consumer<variant>::group_;
+  using Consumer<variant>::key_matrix;
   using Consumer<variant>::next_;
   using Consumer<variant>::query_matrix;
   using Consumer<variant>::release_queries_at;
   using Consumer<variant>::release_tile;
   using Consumer<variant>::results_;
   using Consumer<variant>::shared_;
+  using Consumer<variant>::start_scores;
+  using Consumer<variant>::start_values;
+  using Consumer<variant>::value_matrix;
   using Consumer<variant>::work_of;
 
   __device__ void consume(TilePlace tile) {
@@ -66,7 +69,7 @@ class WideConsumer : Consumer<variant> {
     const BlockRange blocks = work_of(tile).blocks;
 #pragma unroll 1
     for (int end = blocks.end; end > blocks.begin;) {
-      const int begin = variant.splits ? work_of(tile).begin_of_part(a_.cut, end - 1) : blocks.begin;
+      const int begin = begin_of_part(tile, end - 1);
       consume_part(tile, {begin, end});
       end = begin;
     }
@@ -98,7 +101,8 @@ class WideConsumer : Consumer<variant> {
     unsigned weights[keys / 4];
     await(shared_.k, next_);
     if constexpr (variant.qv) await(shared_.v, next_);
-    start_scores(scores);
+    start_scores(scores, query_matrix(), key_matrix(),
+                 ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[next_.stage()])));
     ptx::wgmma_wait<0>();
     ptx::hold(scores);
     release_keys(tile, n);
@@ -113,13 +117,7 @@ class WideConsumer : Consumer<variant> {
     release(shared_.weighed[group_]);
     if (__any_sync(~0U, rescales)) scale_rows<columns>(sums, rescale);
     if constexpr (!variant.qv) await(shared_.v, next_);
-    const unsigned v = value_matrix();
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < keys / 16; ++step) {
-      ptx::wgmma<variant.element, columns>(sums, weights + 4 * step, ptx::advance(v, step * 16 * chunk_row_bytes));
-    }
-    ptx::wgmma_commit();
+    start_values(weights, sums, value_matrix(next_));
     finish_values(sums);
   }
 
@@ -138,7 +136,7 @@ class WideConsumer : Consumer<variant> {
     }
     if (__any_sync(~0U, rescales)) scale_rows<columns>(sums, rescale);
     const unsigned p = ptx::matrix_at(ptx::shared_address(&shared_.weights.tile));
-    const unsigned v = value_matrix();
+    const unsigned v = value_matrix(next_);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < keys / 16; ++step) {
@@ -161,39 +159,6 @@ class WideConsumer : Consumer<variant> {
   __device__ void release_keys(TilePlace tile, int n) {
     release(shared_.k.empty[next_.stage()]);
     release_queries_at(tile, n);
-  }
-
-  /// Starts scores = queries x keys, of q and k and, where it is given, of qv and v.
-  __device__ void start_scores(ScoreTile scores) const {
-    const unsigned q = query_matrix();
-    const unsigned k = ptx::matrix_at(ptx::shared_address(&shared_.k_tiles[next_.stage()]));
-    const unsigned v = ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[next_.stage()]));
-    ptx::wgmma_fence();
-    multiply<variant.head_dim>(scores, q, k, 0);
-    if constexpr (variant.qv) {
-      constexpr int q_part = chunks_of(variant.head_dim) * variant.tile_rows() * chunk_row_bytes;
-      multiply<variant.head_dim_v>(scores, ptx::advance(q, q_part), v, 1);
-    }
-    ptx::wgmma_commit();
-  }
-
-  template <int head_dim>
-  __device__ static void multiply(ScoreTile scores, unsigned q, unsigned k, int accumulate) {
-#pragma unroll
-    for (int step = 0; step < head_dim / 16; ++step) {
-      const int chunk = step / 4;
-      const int bytes = step % 4 * 32;
-      ptx::wgmma<variant.element, keys>(scores, ptx::advance(q, chunk * variant.tile_rows() * chunk_row_bytes + bytes),
-                                        ptx::advance(k, chunk * keys * chunk_row_bytes + bytes),
-                                        accumulate | (step > 0));
-    }
-  }
-
-  /// This consumer's columns of the next block's values.
-  __device__ unsigned value_matrix() const {
-    constexpr int chunk_bytes = keys * chunk_row_bytes;
-    return ptx::matrix_at(
-        ptx::shared_address(&shared_.v_tiles[next_.stage()]) + group_ * chunks_of(columns) * chunk_bytes, chunk_bytes);
   }
 
   /// Puts weights where the other consumer reads them. Those of the block before are in the way no more: only this
@@ -227,13 +192,11 @@ class WideConsumer : Consumer<variant> {
       sum_of_row[i] = softmax.sum(i);
       if (accumulator_column() == 0) own[accumulator_row(i)] = sum_of_row[i];
     }
-    await_other();
+    results_.await_others();
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) softmax.set_sum(i, sum_of_row[i] + others[accumulator_row(i)]);
-    await_other();  // it has read them, before others take their place
+    results_.await_others();  // they have read them, before others take their place
   }
-
-  __device__ void await_other() const { ptx::barrier_sync(first_turn_barrier, 256); }
 
   unsigned weighed_parity_ = 0;  ///< of the block that the other consumer scores next
 };
