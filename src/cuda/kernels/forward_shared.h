@@ -52,7 +52,7 @@ struct ForwardShared {
     begun.init(1);
     readable.init(1);
     v_fetched.init(1);
-    for (ptx::Mbarrier& barrier : weighed) barrier.init(4);
+    for (ptx::Mbarrier& barrier : weighed) barrier.init(32);  // lanes that store references
     ptx::fence_mbarrier_init();
   }
 };

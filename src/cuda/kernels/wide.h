@@ -114,7 +114,7 @@ class WideConsumer : Consumer<variant> {
     store_weights(weights);
     store_references(softmax);
     __syncwarp();
-    release(shared_.weighed[group_]);
+    if (accumulator_column() == 0) shared_.weighed[group_].arrive();
     if (__any_sync(~0U, rescales)) scale_rows<columns>(sums, rescale);
     if constexpr (!variant.qv) await(shared_.v, next_);
     start_values(weights, sums, value_matrix(next_));
@@ -123,16 +123,16 @@ class WideConsumer : Consumer<variant> {
 
   /// Adds the values of block n, weighted as the other consumer says.
   __device__ void add_others(TilePlace tile, int n, OnlineSoftmax& softmax, Sums sums) {
+    await(shared_.k, next_);  // every consumer waits for every block: parity tells but the last two apart
     release_keys(tile, n);
     await(shared_.v, next_);
     shared_.weighed[1 - group_].wait(weighed_parity_);
     weighed_parity_ ^= 1;
-    const float* const references = shared_.references + (1 - group_) * 64;
     float rescale[rows_of_thread];
     bool rescales = false;
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
-      rescales |= softmax.follow(i, references[accumulator_row(i)], rescale[i]);
+      rescales |= softmax.follow(i, reference_of_other(i), rescale[i]);
     }
     if (__any_sync(~0U, rescales)) scale_rows<columns>(sums, rescale);
     const unsigned p = ptx::matrix_at(ptx::shared_address(&shared_.weights.tile));
@@ -175,11 +175,18 @@ class WideConsumer : Consumer<variant> {
     ptx::fence_proxy_async();
   }
 
+  // The lanes that write and read references are those that arrive at `weighed`, each for itself.
   __device__ void store_references(const OnlineSoftmax& softmax) const {
     if (accumulator_column() > 0) return;
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i)
       shared_.references[group_ * 64 + accumulator_row(i)] = softmax.reference(i);
+  }
+
+  __device__ float reference_of_other(int i) const {
+    float reference = 0;
+    if (accumulator_column() == 0) reference = shared_.references[(1 - group_) * 64 + accumulator_row(i)];
+    return __shfl_sync(~0U, reference, threadIdx.x % 32 & ~3U);
   }
 
   /// Adds up the weights that either consumer has made.
