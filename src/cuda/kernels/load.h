@@ -130,6 +130,7 @@ class GatherLoader {
         }
       }
     }
+    __threadfence_block();  // an arrival that follows copies publishes copies alone
   }
 
   unsigned warp_;

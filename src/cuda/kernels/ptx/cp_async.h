@@ -19,12 +19,10 @@ __device__ inline void copy_async(unsigned shared, const void* global, bool insi
   }
 }
 
-/// Arrives at the barrier, whose phase ends no sooner than the copies that this thread has started. Who waits for it
-/// needs a fence (fence_proxy_async) before products read what was copied.
+/// Arrives at the barrier once the copies that this thread has started are done. Who waits for it needs a fence
+/// (fence_proxy_async) before products read what was copied.
 __device__ inline void arrive_after_copies(Mbarrier& barrier) {
-  // Makes the phase wait for one arrival more, which comes with the last copy.
-  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
-  barrier.arrive();
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
 }  // namespace mate::cuda::ptx
