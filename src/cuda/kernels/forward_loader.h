@@ -162,14 +162,31 @@ class ForwardLoader {
     }
   }
 
+  /// Whether keys and values of a tile are read for no other. Where some sequences have many tiles, whose keys the L2
+  /// cache should hold, those of others had better not drive them out.
+  __device__ bool reads_once(const TileWork& work) const {
+    return variant.splits && !variant.one_tile() && work.capacity * a_.pack <= a_.tile_rows;
+  }
+
+  /// Has the copy engine fetch rows of keys or values.
+  template <int padded>
+  __device__ void fetch_box(bool once, unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int head,
+                            const KeyPlaces& box) const {
+    if (variant.splits && !variant.one_tile() && once) {
+      load_tile_once<variant.block_keys>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
+    } else {
+      load_tile<variant.block_keys>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
+    }
+  }
+
   /// Starts fetching a block of rows, which makes up `bytes`.
   template <int padded>
-  __device__ void fetch(unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int bytes, int head,
-                        const KeyPlaces& box) {
+  __device__ void fetch(bool once, unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int bytes,
+                        int head, const KeyPlaces& box) {
     if (!a_.problem.keys.paged()) {
       if (first_lane()) {
         barrier.arrive_expecting(bytes);
-        load_tile<variant.block_keys>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
+        fetch_box<padded>(once, tile, map, barrier, head, box);
       }
       return;
     }
@@ -177,8 +194,7 @@ class ForwardLoader {
     __syncwarp();
     const int lane = threadIdx.x % 32;
     if (lane < a_.boxes) {
-      load_tile<variant.block_keys>(tile + lane * a_.box_keys * chunk_row_bytes, padded, map, barrier, head, box.row[0],
-                                    box.slot[0]);
+      fetch_box<padded>(once, tile + lane * a_.box_keys * chunk_row_bytes, map, barrier, head, box);
     }
   }
 
@@ -218,7 +234,7 @@ class ForwardLoader {
     if constexpr (variant.gather) {
       gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
     } else {
-      fetch<variant.head_dim>(tile, a_.k, full, variant.k_bytes(), work.head_k, places);
+      fetch<variant.head_dim>(reads_once(work), tile, a_.k, full, variant.k_bytes(), work.head_k, places);
     }
   }
 
@@ -230,7 +246,8 @@ class ForwardLoader {
       gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile, full);
     } else {
       const bool clears = fetches_unseen(work, n);
-      fetch<variant.head_dim_v>(tile, a_.v, clears ? shared_.v_fetched : full, variant.v_bytes(), work.head_k, places);
+      fetch<variant.head_dim_v>(reads_once(work), tile, a_.v, clears ? shared_.v_fetched : full, variant.v_bytes(),
+                                work.head_k, places);
       if (clears) clear_unseen(work, n, tile, full);
     }
   }

@@ -21,6 +21,16 @@ __device__ inline void load_tile(unsigned char* tile, int head_dim, const Tensor
   }
 }
 
+/// The same of a tile that is read once.
+template <int rows, typename... Coordinates>
+__device__ inline void load_tile_once(unsigned char* tile, int head_dim, const TensorMap& map, ptx::Mbarrier& barrier,
+                                      Coordinates... coordinates) {
+#pragma unroll
+  for (int chunk = 0; chunk < chunks_of(head_dim); ++chunk) {
+    ptx::load_box_once(tile + chunk * rows * chunk_row_bytes, map, barrier, chunk * chunk_columns, coordinates...);
+  }
+}
+
 /// Where piece `piece` of 16 bytes of a row stands in a tile of `rows` rows.
 template <int rows>
 __device__ inline unsigned piece_offset(unsigned row, unsigned piece) {
