@@ -28,7 +28,7 @@ int main(int argc, char** argv) try {
     const int head_dim = std::stoi(model);
     const int head_dim_v = separator == std::string::npos ? head_dim : std::stoi(model.substr(separator + 1));
     for (const bool softcap : {false, true}) {
-      for (const cuda::KernelSource& source : cuda::kernels_for(head_dim, head_dim_v, ElementType::bfloat16, softcap)) {
+      for (const cuda::KernelSource& source : cuda::kernels_for(head_dim, head_dim_v, {}, softcap, false)) {
         if (!seen.insert(source.name).second) continue;
         const cuda::Compilation made = cuda::compile(source);
         const cuda::CompileLog log = cuda::read_log(made.log);

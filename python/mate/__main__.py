@@ -20,7 +20,15 @@ def main() -> None:
     ahead.add_argument("--head-dim", type=int, required=True, metavar="D", help="head size of queries and keys")
     ahead.add_argument("--head-dim-v", type=int, metavar="DV", help="head size of values (default: D)")
     ahead.add_argument(
-        "--dtype", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16"], help="(default: bfloat16)"
+        "--dtype",
+        nargs="+",
+        choices=("bfloat16", "float16", "float8_e4m3fn"),
+        default=["bfloat16"],
+        help="type of queries (default: bfloat16)",
+    )
+    ahead.add_argument("--kv-dtype", choices=("float8_e4m3fn",), help="type of keys and values (default: DTYPE)")
+    ahead.add_argument(
+        "--out-dtype", choices=("float16",), help="type of results (default: DTYPE, or bfloat16 for float8_e4m3fn)"
     )
     ahead.add_argument("--softcap", action="store_true", help="for calls with a softcap")
     ahead.add_argument("--qv", action="store_true", help="for calls with qv (multi-head latent attention)")
@@ -45,6 +53,8 @@ def _warmup(arguments: argparse.Namespace) -> None:
         arguments.head_dim,
         arguments.head_dim_v,
         [getattr(torch, name) for name in arguments.dtype],
+        kv_dtype=arguments.kv_dtype and getattr(torch, arguments.kv_dtype),
+        out_dtype=arguments.out_dtype and getattr(torch, arguments.out_dtype),
         softcap=arguments.softcap,
         qv=arguments.qv,
         jobs=arguments.jobs,

@@ -17,6 +17,8 @@ def warmup(
     head_dim_v: int | None = None,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
     *,
+    kv_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
     softcap: bool = False,
     qv: bool = False,
     jobs: int | None = None,
@@ -31,7 +33,10 @@ def warmup(
     Args:
         head_dim: the head size of queries and keys.
         head_dim_v: that of values; ``head_dim`` by default.
-        dtypes: the types of queries, keys and values: torch.bfloat16 and torch.float16.
+        dtypes: the types of queries: torch.bfloat16, torch.float16 and torch.float8_e4m3fn.
+        kv_dtype: the type of keys and values, where it is not that of queries: torch.float8_e4m3fn.
+        out_dtype: the type of results, where it is neither that of queries nor, for torch.float8_e4m3fn,
+            torch.bfloat16: torch.float16.
         softcap: for calls with a softcap, else for calls without.
         qv: for calls with ``qv`` (multi-head latent attention), else for calls without.
         jobs: how many kernels are compiled at once; by default one on each processor.
@@ -44,10 +49,20 @@ def warmup(
         name: text
         for dtype in dtypes
         for name, text in _library.kernel_sources(
-            head_dim, head_dim if head_dim_v is None else head_dim_v, dtype, softcap, qv
+            head_dim,
+            head_dim if head_dim_v is None else head_dim_v,
+            dtype,
+            kv_dtype or dtype,
+            out_dtype or _out_dtype(dtype),
+            softcap,
+            qv,
         )
     }
     return compile_kernels(sources, jobs, progress)
+
+
+def _out_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
 
 
 def compile_kernels(sources: dict[str, str], jobs: int | None = None, progress: bool = True) -> int:

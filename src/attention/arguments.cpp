@@ -17,13 +17,6 @@ namespace {
 // Stands for the memory of a tensor without elements, which may have none: a null pointer means "not given".
 constexpr int no_elements = 0;
 
-ElementType element_type(DLDataType dtype) {
-  if (dtype == float16) return ElementType::float16;
-  if (dtype == bfloat16) return ElementType::bfloat16;
-  if (dtype == float8_e4m3fn) return ElementType::float8_e4m3;
-  return ElementType::float32;
-}
-
 void* memory_of(const Tensor& tensor) {
   if (!tensor.given()) return nullptr;
   return tensor.data() != nullptr ? tensor.data() : const_cast<int*>(&no_elements);
@@ -352,6 +345,13 @@ void set_results(Problem& problem, const AttentionArguments& a, const ArgumentNa
 }
 
 }  // namespace
+
+ElementType element_type(DLDataType dtype) {
+  if (dtype == float16) return ElementType::float16;
+  if (dtype == bfloat16) return ElementType::bfloat16;
+  if (dtype == float8_e4m3fn) return ElementType::float8_e4m3;
+  return ElementType::float32;
+}
 
 Problem make_problem(const AttentionArguments& a, const ArgumentNames& names) {
   check_given(names.q, a.q);

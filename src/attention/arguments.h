@@ -35,6 +35,9 @@ void attention(const AttentionArguments& arguments, const ArgumentNames& names, 
 void scheduler_metadata(const SchedulerMetadataArguments& arguments, const ArgumentNames& names,
                         const Allocate& allocate);
 
+/// The type of a tensor that is one of ElementType's.
+ElementType element_type(DLDataType dtype);
+
 /// Checks everything that the host knows without reading the tensors' memory. The problem's out is absent where it was
 /// not given. Throws Error, which names the argument.
 Problem make_problem(const AttentionArguments& arguments, const ArgumentNames& names);

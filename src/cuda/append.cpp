@@ -23,20 +23,22 @@ void append(Problem& p, const Device& gpu, CUstream stream, Scratch& scratch) {
   AppendArguments arguments;
   std::int64_t rows = std::int64_t{p.keys.new_rows} * p.heads_k;
   if (p.rotary.given()) {
-    constexpr int multiple = 8;  // elements in 16 bytes
+    const int multiple = 16 / bytes_of(p.q.type);  // rows are aligned to 16 bytes
     Rows& q = arguments.rotated_q;
     q.type = p.q.type;
     q.head_stride = (p.head_dim + multiple - 1) / multiple * multiple;
     q.row_stride = q.head_stride * p.heads_q;
     q.slot_stride = q.row_stride * p.queries.rows;
-    q.data = scratch.take<std::uint16_t>(q.slot_stride * p.query_slots());
+    q.data = scratch.take<std::byte>(q.slot_stride * p.query_slots() * bytes_of(q.type));
     rows += std::int64_t{p.queries.rows} * p.heads_q;
   }
   arguments.problem = p;
   constexpr int threads = 128;
   constexpr int most_blocks = 1024;  // of a sequence
-  const Kernel kernel =
-      append_kernels().load(gpu, static_cast<std::uint64_t>(p.q.type), [&] { return append_source(p.q.type); });
+  const AppendTypes types{p.q.type, p.k_new.type, p.k.type};
+  const auto key = static_cast<std::uint64_t>(types.query) << 4 | static_cast<std::uint64_t>(types.added) << 2 |
+                   static_cast<std::uint64_t>(types.key);
+  const Kernel kernel = append_kernels().load(gpu, key, [&] { return append_source(types); });
   const std::int64_t blocks = (rows + threads / 32 - 1) / (threads / 32);
   // A grid has at most 2**16 - 1 rows.
   constexpr int most_sequences = 65'535;

@@ -20,13 +20,12 @@
 namespace mate::cuda {
 namespace {
 
-constexpr int element_bytes = 2;
-
 /// The powers of two, up to 16, that divide all addresses of rows.
 class Alignment {
  public:
   void add(const Rows& rows, long long slots, long long row_count, long long heads) {
     add(reinterpret_cast<std::uintptr_t>(rows.data));
+    const int element_bytes = bytes_of(rows.type);
     if (slots > 1) add(rows.slot_stride * element_bytes);
     if (row_count > 1) add(rows.row_stride * element_bytes);
     if (heads > 1) add(rows.head_stride * element_bytes);
@@ -44,23 +43,26 @@ struct Dimension {
   long long stride;  ///< in elements
   int box;
 
-  std::uint64_t bytes() const { return extent > 1 ? static_cast<std::uint64_t>(stride) * element_bytes : 16; }
+  std::uint64_t stride_bytes(int element_bytes) const {
+    return extent > 1 ? static_cast<std::uint64_t>(stride) * static_cast<std::uint64_t>(element_bytes) : 16;
+  }
 };
 
-bool encode(TensorMap& map, const void* data, int head_dim, std::span<const Dimension> rest) {
+bool encode(TensorMap& map, const Rows& rows, int head_dim, std::span<const Dimension> rest) {
   constexpr std::size_t most_dimensions = 5;
   std::array<std::uint64_t, most_dimensions> extents{static_cast<std::uint64_t>(head_dim)};
   std::array<std::uint64_t, most_dimensions> strides{};
-  std::array<std::uint32_t, most_dimensions> box{chunk_columns};
+  const int element_bytes = bytes_of(rows.type);
+  std::array<std::uint32_t, most_dimensions> box{static_cast<std::uint32_t>(chunk_row_bytes / element_bytes)};
   std::size_t rank = 1;
   for (const Dimension& dimension : rest) {
     extents[rank] = static_cast<std::uint64_t>(dimension.extent);
-    strides[rank - 1] = dimension.bytes();
+    strides[rank - 1] = dimension.stride_bytes(element_bytes);
     box[rank] = static_cast<std::uint32_t>(dimension.box);
     ++rank;
   }
-  return encode_tensor_map(map, element_bytes, data, std::span(extents).first(rank), std::span(strides).first(rank - 1),
-                           std::span(box).first(rank));
+  return encode_tensor_map(map, element_bytes, rows.data, std::span(extents).first(rank),
+                           std::span(strides).first(rank - 1), std::span(box).first(rank));
 }
 
 /// Describes the tensors to the copy engine. False where it cannot read one of them.
@@ -71,16 +73,18 @@ bool encode_maps(const Problem& p, ForwardArguments& arguments) {
                                     {p.queries.rows, rows.row_stride, arguments.tile_rows / pack},
                                     {p.heads_q / pack, rows.head_stride * pack, 1},
                                     {p.query_slots(), rows.slot_stride, 1}};
-    return encode(map, rows.data, head_dim, dimensions);
+    return encode(map, rows, head_dim, dimensions);
   };
-  if (!encode_queries(arguments.q, p.q, p.head_dim)) return false;
-  if (p.qv.given() && !encode_queries(arguments.qv, p.qv, p.head_dim_v)) return false;
+  if (p.q.type != ElementType::float8_e4m3) {  // that is for the wideners to fetch
+    if (!encode_queries(arguments.q, p.q, p.head_dim)) return false;
+    if (p.qv.given() && !encode_queries(arguments.qv, p.qv, p.head_dim_v)) return false;
+  }
   if (p.keys.rows == 0 || p.keys.slots == 0) return true;  // nothing will be read
   const auto encode_keys = [&](TensorMap& map, const Rows& rows, int head_dim) {
     const Dimension dimensions[] = {{p.heads_k, rows.head_stride, 1},
                                     {p.keys.rows, rows.row_stride, arguments.box_keys},
                                     {p.keys.slots, rows.slot_stride, 1}};
-    return encode(map, rows.data, head_dim, dimensions);
+    return encode(map, rows, head_dim, dimensions);
   };
   return encode_keys(arguments.k, p.k, p.head_dim) && encode_keys(arguments.v, p.v, p.head_dim_v);
 }
@@ -193,7 +197,7 @@ Cut choose_cut(const Problem& p) {
 
 VariantChoice choose(const Problem& p, int multiprocessors) {
   constexpr int few_keys = 1024;
-  VariantChoice choice{p.head_dim, p.head_dim_v, p.q.type, scores_of(p)};
+  VariantChoice choice{p.head_dim, p.head_dim_v, {p.q.type, p.k.type, p.out.type}, scores_of(p)};
   choice.few_rows = has_few_rows(p);
   choice.alike = p.batch_invariant;
   const bool diagonal = p.mask.right >= 0 || p.mask.chunk > 0;
@@ -229,11 +233,6 @@ void take_parts(const Problem& p, const ForwardVariant& variant, std::int64_t ti
   parts.weights = parts.sums + rows * variant.head_dim_v;
 }
 
-template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  fail(ErrorKind::not_implemented, "on an NVIDIA GPU MATE does not serve ", parts..., " yet");
-}
-
 KernelFamily& forward_kernels() {
   static KernelFamily kernels;
   return kernels;
@@ -250,7 +249,6 @@ void require_served(const Problem& p, int device_id) {
   require_hopper(device(device_id));
   for (const ElementType type : {p.q.type, p.k.type}) {
     if (type == ElementType::float32) fail(ErrorKind::not_implemented, "float32 is served on the CPU only");
-    if (type == ElementType::float8_e4m3) refuse("float8_e4m3fn");
   }
 }
 
@@ -284,16 +282,16 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
     return gather || (arguments.box_keys > 0 && encode_maps(p, arguments));
   };
   if (inputs.bytes() < 16 || !settle(false)) settle(true);
-  inputs.add(p.head_dim * element_bytes);
-  inputs.add(p.head_dim_v * element_bytes);
+  inputs.add(p.head_dim * bytes_of(p.k.type));
+  inputs.add(p.head_dim_v * bytes_of(p.v.type));
   arguments.copy_bytes = inputs.bytes();
   Alignment results;
   results.add(p.out, p.query_slots(), p.queries.rows, p.heads_q);
-  results.add(p.head_dim_v * element_bytes);
+  results.add(p.head_dim_v * bytes_of(p.out.type));
   arguments.wide_rows = results.bytes() == 16;
   arguments.heads_reciprocal = 1.0F / static_cast<float>(arguments.pack);
   set_scales(p, arguments);
-  arguments.keys_in_l2 = gpu.l2_bytes / 2 / ((p.head_dim + p.head_dim_v) * element_bytes);
+  arguments.keys_in_l2 = gpu.l2_bytes / 2 / ((p.head_dim + p.head_dim_v) * bytes_of(p.k.type));
 
   const std::int64_t tiles = most_tiles(p, variant.tiling(arguments.pack));
   require(tiles < max_length - gpu.multiprocessors, "q must have fewer than 2**31 tiles of ", arguments.tile_rows,

@@ -11,10 +11,9 @@ namespace mate::cuda {
 namespace {
 
 constexpr int largest_narrow_head_dim = 256;
-/// Shared memory that tiles may take of the 227 KiB of a block.
-constexpr int tile_bytes = 227 * 1024 - other_shared_bytes;
 constexpr int widest_block_keys = 176;
 constexpr int most_stages = 8;
+constexpr int most_wide_stages = 4;
 
 constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 
@@ -34,7 +33,9 @@ int most_block_keys(const ForwardVariant& variant, bool narrow) {
   const int registers = variant.consumer_registers() - other_registers - variant.head_dim_v / 2;
   const int row_bytes = (chunks_of(variant.head_dim) + chunks_of(variant.head_dim_v)) * chunk_row_bytes;
   const int by_registers = registers * 4 / 3;
-  const int by_memory = (tile_bytes - variant.q_bytes()) / (variant.stages * row_bytes);
+  const int fetched_row_bytes = (chunks_of(variant.head_dim, 1) + chunks_of(variant.head_dim_v, 1)) * chunk_row_bytes;
+  const int by_memory = (variant.tile_bytes() - variant.q_bytes()) /
+                        (variant.stages * row_bytes + variant.fetched_stages * fetched_row_bytes);
   const int most = capped && variant.warpgroups == 3                      ? 96
                    : capped || narrow || variant.gather || variant.splits ? 128
                                                                           : widest_block_keys;
@@ -57,10 +58,17 @@ int common_block_keys(const VariantChoice& choice) {
   return power_of_two_below(keys);
 }
 
+/// Fills what is left of shared memory with blocks that are yet to be widened.
+void fetch_further_ahead(ForwardVariant& variant) {
+  if (!variant.widens()) return;
+  const int left = most_shared_bytes - variant.shared_bytes();
+  const int stages = variant.fetched_stages + left / (variant.fetched_k_bytes() + variant.fetched_v_bytes());
+  variant.fetched_stages = std::clamp(stages, variant.fetched_stages, variant.wide ? most_wide_stages : most_stages);
+}
+
 /// Each consumer has whole chunks of the values' columns. Blocks are as wide for all calls of these head sizes.
 void set_wide_tiles(ForwardVariant& variant, const VariantChoice& choice) {
   constexpr int consumers = 2;
-  constexpr int most_wide_stages = 4;
   // Products of fewer keys wait for shared memory: a second stage is not worth that. Blocks of twice as many have to
   // fit twice, and their scores into registers beside the sums.
   constexpr int good_keys = 64;
@@ -71,16 +79,39 @@ void set_wide_tiles(ForwardVariant& variant, const VariantChoice& choice) {
   variant.head_dim_v = round_up(choice.head_dim_v, consumers * chunk_columns);
   variant.warpgroups = consumers;
   variant.q_stages = 1;
+  if (variant.widens()) variant.fetched_stages = 2;
   const auto stages = [&] {
-    return (tile_bytes - variant.q_bytes() - variant.p_bytes()) / (variant.k_bytes() + variant.v_bytes());
+    return (variant.tile_bytes() - variant.q_bytes() - variant.p_bytes() - variant.fetched_bytes()) /
+           (variant.k_bytes() + variant.v_bytes());
   };
   variant.block_keys = 2 * good_keys;
-  if (stages() < 2 || variant.consumer_columns() > most_columns_of_wider) variant.block_keys = good_keys;
+  const bool may_be_wider = variant.consumer_columns() <= most_columns_of_wider && !variant.widens();
+  if (stages() < 2 || !may_be_wider) variant.block_keys = good_keys;
   while (stages() < 1) variant.block_keys /= 2;
-  variant.stages = std::min(stages(), most_wide_stages);
+  variant.stages = std::min(stages(), variant.widens() ? 2 : most_wide_stages);
+  fetch_further_ahead(variant);
 }
 
-const char* name_of(ElementType type) { return type == ElementType::float16 ? "float16" : "bfloat16"; }
+const char* name_of(ElementType type) {
+  switch (type) {
+    case ElementType::float32:
+      return "float32";
+    case ElementType::float16:
+      return "float16";
+    case ElementType::bfloat16:
+      return "bfloat16";
+    case ElementType::float8_e4m3:
+      return "float8_e4m3";
+  }
+  return "";
+}
+
+/// As it is written in a name.
+std::string name_of(const TensorTypes& types) {
+  if (types.query == types.key && types.key == types.out) return name_of(types.key);
+  return join(name_of(types.query), types.key == types.query ? "" : join("_", name_of(types.key)),
+              types.out == types.query ? "" : join("_to_", name_of(types.out)));
+}
 
 const char* name_of(Scores scores) {
   switch (scores) {
@@ -98,7 +129,7 @@ const char* name_of(Scores scores) {
 
 ForwardVariant choose_variant(const VariantChoice& choice) {
   ForwardVariant variant;
-  variant.element = choice.type;
+  variant.types = choice.types;
   variant.scores = choice.scores;
   variant.gather = choice.gather;
   variant.splits = choice.splits;
@@ -109,8 +140,9 @@ ForwardVariant choose_variant(const VariantChoice& choice) {
   variant.head_dim = round_up(choice.head_dim, 16);
   variant.head_dim_v = round_up(choice.head_dim_v, 16);
   const bool small = std::max(variant.head_dim, variant.head_dim_v) <= 64;
-  variant.warpgroups = choice.few_rows ? 1 : small && !choice.gather && !choice.splits ? 3 : 2;
+  variant.warpgroups = choice.few_rows ? 1 : small && !choice.gather && !choice.splits && !variant.widens() ? 3 : 2;
   variant.stages = 2;
+  if (variant.widens()) variant.fetched_stages = 2;
   variant.block_keys = choice.alike ? common_block_keys(choice) : most_block_keys(variant, choice.narrow);
   if (choice.splits && !choice.gather && !choice.alike) {
     // How keys are cut must not depend on where they lie.
@@ -119,25 +151,36 @@ ForwardVariant choose_variant(const VariantChoice& choice) {
     variant.block_keys = std::min(variant.block_keys, choose_variant(gathers).block_keys);
   }
   const int stage_bytes = variant.k_bytes() + variant.v_bytes();
+  if (variant.widens()) {
+    variant.q_stages =
+        choice.few_rows && 2 * variant.q_bytes() + 2 * stage_bytes + variant.fetched_bytes() <= variant.tile_bytes()
+            ? 2
+            : 1;
+    fetch_further_ahead(variant);
+    return variant;
+  }
   if (choice.few_rows || choice.splits) {
     // Keys are a stream that has to flow on while a tile ends and the next begins.
     const int q_stages = choice.few_rows ? 2 : 1;
-    const int stages = (tile_bytes - q_stages * variant.q_bytes()) / stage_bytes;
+    const int stages = (variant.tile_bytes() - q_stages * variant.q_bytes()) / stage_bytes;
     variant.stages = std::clamp(stages, variant.stages, most_stages);
   }
-  variant.q_stages = variant.stages * stage_bytes + 2 * variant.q_bytes() <= tile_bytes ? 2 : 1;
+  variant.q_stages = variant.stages * stage_bytes + 2 * variant.q_bytes() <= variant.tile_bytes() ? 2 : 1;
   return variant;
 }
 
 std::uint64_t key_of(const ForwardVariant& v) {
   std::uint64_t key = 0;
   const auto append = [&](int value, int bits) { key = key << bits | static_cast<std::uint64_t>(value); };
-  append(static_cast<int>(v.element), 2);
+  append(static_cast<int>(v.types.query), 2);
+  append(static_cast<int>(v.types.key), 2);
+  append(static_cast<int>(v.types.out), 2);
   append(v.head_dim, 10);
   append(v.head_dim_v, 10);
   append(v.warpgroups, 3);
   append(v.block_keys, 9);
   append(v.stages, 4);
+  append(v.fetched_stages, 4);
   append(v.q_stages, 3);
   append(static_cast<int>(v.scores), 2);
   append(v.gather, 1);
@@ -152,19 +195,21 @@ KernelSource source_of(const ForwardVariant& v) {
   KernelSource source;
   const char* const kernel = v.wide ? "wide" : "forward";
   source.name =
-      join(kernel, "_", name_of(v.element), "_d", v.head_dim, "_v", v.head_dim_v, v.qv ? "_qv" : "", "_rows",
+      join(kernel, "_", name_of(v.types), "_d", v.head_dim, "_v", v.head_dim_v, v.qv ? "_qv" : "", "_rows",
            v.tile_rows(), "_keys", v.block_keys, v.scores == Scores::products ? "" : join("_", name_of(v.scores)),
            v.gather ? "_gather" : "", v.splits ? "_splits" : "");
-  source.text = join(
-      "#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
-      source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
-      "  constexpr mate::cuda::ForwardVariant variant{\n", "      .element = mate::ElementType::", name_of(v.element),
-      ",\n", "      .head_dim = ", v.head_dim, ",\n", "      .head_dim_v = ", v.head_dim_v, ",\n",
-      "      .warpgroups = ", v.warpgroups, ",\n", "      .block_keys = ", v.block_keys, ",\n",
-      "      .stages = ", v.stages, ",\n", "      .q_stages = ", v.q_stages, ",\n",
-      "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n", "      .gather = ", flag(v.gather), ",\n",
-      "      .splits = ", flag(v.splits), ",\n", "      .wide = ", flag(v.wide), ",\n", "      .qv = ", flag(v.qv),
-      "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
+  source.text =
+      join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
+           source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
+           "  constexpr mate::cuda::ForwardVariant variant{\n",
+           "      .types = {mate::ElementType::", name_of(v.types.query), ", mate::ElementType::", name_of(v.types.key),
+           ", mate::ElementType::", name_of(v.types.out), "},\n", "      .head_dim = ", v.head_dim, ",\n",
+           "      .head_dim_v = ", v.head_dim_v, ",\n", "      .warpgroups = ", v.warpgroups, ",\n",
+           "      .block_keys = ", v.block_keys, ",\n", "      .stages = ", v.stages, ",\n",
+           "      .fetched_stages = ", v.fetched_stages, ",\n", "      .q_stages = ", v.q_stages, ",\n",
+           "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n", "      .gather = ", flag(v.gather), ",\n",
+           "      .splits = ", flag(v.splits), ",\n", "      .wide = ", flag(v.wide), ",\n", "      .qv = ", flag(v.qv),
+           "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
   source.shared_bytes = v.shared_bytes();
   return source;
 }
@@ -179,12 +224,14 @@ KernelSource scheduler_metadata_source(int block_keys) {
   return source;
 }
 
-KernelSource append_source(ElementType type) {
+KernelSource append_source(const AppendTypes& types) {
   KernelSource source;
-  source.name = join("append_", name_of(type));
+  source.name = join("append_", name_of(types.added), "_to_", name_of(types.key), "_for_", name_of(types.query));
   source.text = join("#include \"append.h\"\n\nextern \"C\" __global__ void ", source.name,
                      "(const __grid_constant__ mate::cuda::AppendArguments arguments) {\n",
-                     "  mate::cuda::append<mate::ElementType::", name_of(type), ">(arguments);\n}\n");
+                     "  mate::cuda::append<mate::cuda::AppendTypes{mate::ElementType::", name_of(types.query),
+                     ", mate::ElementType::", name_of(types.added), ", mate::ElementType::", name_of(types.key),
+                     "}>(arguments);\n}\n");
   return source;
 }
 
@@ -197,11 +244,11 @@ KernelSource combine_source() {
   return source;
 }
 
-std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType type, bool softcap, bool qv) {
+std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const TensorTypes& types, bool softcap, bool qv) {
   std::vector<KernelSource> sources;
   std::set<std::string> names;
   for (int choices = 0; choices < 32; ++choices) {
-    VariantChoice choice{head_dim, head_dim_v, type, softcap ? Scores::capped : Scores::products};
+    VariantChoice choice{head_dim, head_dim_v, types, softcap ? Scores::capped : Scores::products};
     choice.qv = qv;
     bool* const flags[] = {&choice.gather, &choice.splits, &choice.few_rows, &choice.narrow, &choice.alike};
     for (int i = 0; i < 5; ++i) *flags[i] = (choices >> i & 1) != 0;
@@ -209,9 +256,10 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, ElementType 
     if (names.insert(source.name).second) sources.push_back(source);
   }
   sources.push_back(scheduler_metadata_source(
-      choose_variant({.head_dim = head_dim, .head_dim_v = head_dim_v, .type = type, .splits = true, .qv = qv})
+      choose_variant({.head_dim = head_dim, .head_dim_v = head_dim_v, .types = types, .splits = true, .qv = qv})
           .block_keys));
-  sources.push_back(append_source(type));
+  sources.push_back(append_source({types.query, types.query, types.key}));
+  if (types.query != types.key) sources.push_back(append_source({types.query, types.key, types.key}));
   sources.push_back(combine_source());
   return sources;
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "compiler.h"
+#include "kernels/append_arguments.h"
 #include "kernels/forward_variant.h"
 
 namespace mate::cuda {
@@ -12,7 +13,7 @@ namespace mate::cuda {
 struct VariantChoice {
   int head_dim = 0;
   int head_dim_v = 0;
-  ElementType type = ElementType::bfloat16;
+  TensorTypes types;
   Scores scores = Scores::products;
   bool gather = false;
   bool splits = false;
@@ -34,8 +35,8 @@ KernelSource source_of(const ForwardVariant& variant);
 /// Of the kernel that counts the steps of sequences, for blocks of so many keys.
 KernelSource scheduler_metadata_source(int block_keys);
 
-/// Of the kernel that appends keys and values of a type to a cache, and of that which merges partial results.
-KernelSource append_source(ElementType type);
+/// Of the kernel that appends to a cache of keys and values, and of that which merges partial results.
+KernelSource append_source(const AppendTypes& types);
 KernelSource combine_source();
 
 }  // namespace mate::cuda

@@ -238,13 +238,18 @@ ffi::String describe_backends() {
 
 using NameAndText = ffi::Tuple<ffi::String, ffi::String>;
 
-/// The GPU kernels that calls of these head sizes and this type may need.
-ffi::Array<NameAndText> kernel_sources(std::int64_t head_dim, std::int64_t head_dim_v, DLDataType dtype, bool softcap,
-                                       bool qv) {
+/// The GPU kernels that calls of these head sizes and types, of q, of k and v and of out, may need.
+ffi::Array<NameAndText> kernel_sources(std::int64_t head_dim, std::int64_t head_dim_v, DLDataType dtype,
+                                       DLDataType kv_dtype, DLDataType out_dtype, bool softcap, bool qv) {
   ffi::Array<NameAndText> sources;
   with_python_errors([&] {
-    mate::check_type("dtype", dtype, std::array{mate::bfloat16, mate::float16});
-    const auto type = dtype == mate::bfloat16 ? mate::ElementType::bfloat16 : mate::ElementType::float16;
+    mate::check_type("dtype", dtype, std::array{mate::bfloat16, mate::float16, mate::float8_e4m3fn});
+    const bool narrow = dtype == mate::float8_e4m3fn;
+    using Allowed = std::vector<DLDataType>;
+    mate::check_type("kv_dtype", kv_dtype, narrow ? Allowed{dtype} : Allowed{dtype, mate::float8_e4m3fn});
+    mate::check_type("out_dtype", out_dtype, narrow ? Allowed{mate::bfloat16, mate::float16} : Allowed{dtype});
+    const mate::cuda::TensorTypes types{mate::element_type(dtype), mate::element_type(kv_dtype),
+                                        mate::element_type(out_dtype)};
     const auto checked = [](const char* name, std::int64_t value) {
       mate::require(value >= 1 && value <= mate::max_head_dim, name, " must be from 1 to ", mate::max_head_dim,
                     ", got ", value);
@@ -252,7 +257,7 @@ ffi::Array<NameAndText> kernel_sources(std::int64_t head_dim, std::int64_t head_
     };
     const int d = checked("head_dim", head_dim);
     const int dv = checked("head_dim_v", head_dim_v);
-    for (const mate::cuda::KernelSource& source : mate::cuda::kernels_for(d, dv, type, softcap, qv)) {
+    for (const mate::cuda::KernelSource& source : mate::cuda::kernels_for(d, dv, types, softcap, qv)) {
       sources.push_back(NameAndText(source.name, source.text));
     }
   });

@@ -94,27 +94,36 @@ TEST_F(CudaKernels, RunAsTheirScheduleSays) {
   struct Model {
     int head_dim;
     int head_dim_v;
-    ElementType type = ElementType::bfloat16;
+    TensorTypes types = {};
     bool softcap = false;
     bool qv = false;
   };
-  constexpr ElementType fp16 = ElementType::float16;
+  constexpr ElementType f16 = ElementType::float16;
+  constexpr ElementType e4m3 = ElementType::float8_e4m3;
+  constexpr TensorTypes bf16s;
+  constexpr TensorTypes fp16s{f16, f16, f16};
+  constexpr TensorTypes e4m3s{e4m3, e4m3};
+  constexpr TensorTypes over_e4m3{.key = e4m3};
   const std::vector<Model> models = {{64, 64},
                                      {128, 128},
                                      {256, 256},
                                      {192, 128},
-                                     {72, 40, fp16},
-                                     {64, 64, fp16, true},
-                                     {256, 256, fp16, true},
+                                     {72, 40, fp16s},
+                                     {64, 64, fp16s, true},
+                                     {256, 256, fp16s, true},
                                      {512, 512},
-                                     {64, 512, ElementType::bfloat16, false, true},
-                                     {512, 512, fp16, true, true},
-                                     {64, 64, ElementType::bfloat16, true, true}};
+                                     {64, 512, bf16s, false, true},
+                                     {512, 512, fp16s, true, true},
+                                     {64, 64, bf16s, true, true},
+                                     {128, 128, e4m3s},
+                                     {256, 256, over_e4m3, true},
+                                     {64, 512, over_e4m3, false, true},
+                                     {512, 512, e4m3s, true, true}};
   std::vector<KernelSource> sources;
   std::set<std::string> names;
   for (const Model& model : models) {
     for (const KernelSource& source :
-         kernels_for(model.head_dim, model.head_dim_v, model.type, model.softcap, model.qv)) {
+         kernels_for(model.head_dim, model.head_dim_v, model.types, model.softcap, model.qv)) {
       if (names.insert(source.name).second) sources.push_back(source);
     }
   }

@@ -301,11 +301,11 @@ class _Drawer:
         types = self.forced.get("types", TYPES)
         self.kind: Optional[Kind] = None
         if self.kinds is not None:
-            kinds = [kind for kind in self.kinds if (kind.dtype, kind.dtype) in types]
+            kinds = [kind for kind in self.kinds if (kind.dtype, kind.key_type) in types]
             if packed:
                 kinds = [kind for kind in kinds if kind.packs]
             self.kind = self.dice.choice(kinds)
-            types = [(self.kind.dtype, self.kind.dtype)]
+            types = [(self.kind.dtype, self.kind.key_type)]
         self.dtype, self.dtype_k = self.dice.choice([pair for pair in types if not packed or pair[0] == pair[1]])
         self.wide = not packed and self.chance(0.7)  # spans many blocks of keys and several splits
         self.huge = self.chance(0.005)
@@ -636,8 +636,13 @@ class _Drawer:
         if self.chance(0.85):
             kvcache = self.function == "flash_attn_with_kvcache"
             arguments["return_softmax_lse" if kvcache or self.chance(0.3) else "return_attn_probs"] = True
-        if self.chance(0.5):
-            dtype = dice.choice((torch.bfloat16, torch.float16)) if self.dtype == FP8 else self.dtype
+        default = torch.bfloat16 if self.dtype == FP8 else self.dtype
+        dtype = default
+        if self.kind is not None:
+            dtype = self.kind.out_type
+        elif self.dtype == FP8:
+            dtype = dice.choice((torch.bfloat16, torch.float16))
+        if self.chance(0.5) or dtype != default:
             arguments["out"] = self.allocate((*self.rows, self.heads, self.dv), dtype)
         if self.function in ("flash_attn_varlen_func", "flash_attn_with_kvcache"):
             self.with_metadata = self.chance(0.3)

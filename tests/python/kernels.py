@@ -8,7 +8,7 @@ import functools
 import importlib
 import os
 import random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 from environment import RUN_SEED
@@ -18,7 +18,6 @@ LARGEST_HEAD_SIZE = 512
 # What is not served yet, and what the error says then. The documentation has the same list.
 NOT_SERVED = {
     "float32": "float32 is served on the CPU only",
-    "float8_e4m3fn": "does not serve float8_e4m3fn yet",
 }
 
 
@@ -27,7 +26,6 @@ def not_served(call: Any) -> list[str]:
     a = call.normalised
     asked = {
         "float32": torch.float32 in (a.q.dtype, a.k.dtype),
-        "float8_e4m3fn": FP8 in (a.q.dtype, a.k.dtype),
     }
     return [feature for feature, is_asked in asked.items() if is_asked and feature in NOT_SERVED]
 
@@ -40,15 +38,27 @@ class Kind(NamedTuple):
     dtype: torch.dtype
     softcap: bool = False
     qv: bool = False
+    kv_dtype: Optional[torch.dtype] = None  # where it is not dtype
+    out_dtype: Optional[torch.dtype] = None  # where it is not dtype, nor bfloat16 under e4m3
+
+    @property
+    def key_type(self) -> torch.dtype:
+        return self.kv_dtype or self.dtype
+
+    @property
+    def out_type(self) -> torch.dtype:
+        return self.out_dtype or (torch.bfloat16 if self.dtype is FP8 else self.dtype)
 
     @property
     def packs(self) -> bool:
         """Whether flash_attn_qkvpacked_func can ask for it."""
-        return self.head_size == self.head_size_v and not self.qv
+        return self.head_size == self.head_size_v and not self.qv and self.kv_dtype is None
 
     @property
     def sources(self) -> dict[str, str]:
-        return dict(importlib.import_module("mate")._library.kernel_sources(*self))
+        library = importlib.import_module("mate")._library
+        types = (self.dtype, self.key_type, self.out_type)
+        return dict(library.kernel_sources(self.head_size, self.head_size_v, *types, self.softcap, self.qv))
 
 
 STEP = 16  # kernels are made for head sizes that are multiples of it
@@ -62,6 +72,17 @@ FIXED = (
     *(Kind(64, 512, dtype, qv=True) for dtype in (torch.bfloat16, torch.float16)),
     Kind(512, 512, torch.bfloat16),
     Kind(16, 16, torch.bfloat16, softcap=True, qv=True),
+    *(Kind(size, size, FP8) for size in (16, 128)),
+    *(Kind(size, size, torch.bfloat16, kv_dtype=FP8) for size in (16, 128)),
+    Kind(64, 512, torch.bfloat16, qv=True, kv_dtype=FP8),
+)
+TYPES = (
+    (torch.bfloat16, None, None),
+    (torch.float16, None, None),
+    (FP8, None, None),
+    (FP8, None, torch.float16),
+    (torch.bfloat16, FP8, None),
+    (torch.float16, FP8, None),
 )
 
 
@@ -73,9 +94,8 @@ def draw_kinds(seed: Any, most_kernels: int) -> list[Kind]:
     while True:
         size = STEP * dice.randint(1, LARGEST_HEAD_SIZE // STEP)
         size_v = size if dice.random() < 0.5 else STEP * dice.randint(1, LARGEST_HEAD_SIZE // STEP)
-        kind = Kind(
-            size, size_v, dice.choice((torch.bfloat16, torch.float16)), dice.random() < 0.3, dice.random() < 0.2
-        )
+        dtype, kv_dtype, out_dtype = dice.choice(TYPES)
+        kind = Kind(size, size_v, dtype, dice.random() < 0.3, dice.random() < 0.2, kv_dtype, out_dtype)
         names |= set(kind.sources)
         if len(names) > most_kernels:
             return kinds
@@ -85,7 +105,7 @@ def draw_kinds(seed: Any, most_kernels: int) -> list[Kind]:
 
 @functools.cache
 def kinds_of_run() -> list[Kind]:
-    return draw_kinds(RUN_SEED, int(os.environ.get("MATE_TEST_KERNELS", "230")))
+    return draw_kinds(RUN_SEED, int(os.environ.get("MATE_TEST_KERNELS", "340")))
 
 
 def compile_kernels() -> None:

@@ -21,7 +21,7 @@ import torch
 from calls import Call, draw
 from judge import check_result
 from kernels import Kind
-from reference import evaluate
+from reference import FP8, evaluate
 
 import mate
 from mate._warmup import compile_kernels
@@ -35,6 +35,9 @@ KINDS = (
     Kind(256, 256, torch.float16),
     Kind(64, 512, torch.bfloat16, qv=True),
     Kind(512, 512, torch.float16),
+    Kind(64, 64, FP8),
+    Kind(128, 128, torch.bfloat16, kv_dtype=FP8),
+    Kind(64, 512, FP8, qv=True),
 )
 CALLS_OF_KIND = 8
 ROTARY = ("rotary_cos", "rotary_sin", "rotary_interleaved")
@@ -62,7 +65,10 @@ def several_tiles(kind: Kind, causal: bool) -> Call:
     shapes = {"q": (1, 300, 4, kind.head_size), "k": (1, 400, 2, kind.head_size), "v": (1, 400, 2, kind.head_size_v)}
     if kind.qv:
         shapes["qv"] = (1, 300, 4, kind.head_size_v)
-    tensors = {name: torch.randn(shape, generator=numbers).to(kind.dtype) for name, shape in shapes.items()}
+    types = {"k": kind.key_type, "v": kind.key_type}
+    tensors = {
+        name: torch.randn(shape, generator=numbers).to(types.get(name, kind.dtype)) for name, shape in shapes.items()
+    }
     softcap = 5.0 if kind.softcap else 0.0
     return Call("flash_attn_func", {**tensors, "causal": causal, "softcap": softcap, "return_attn_probs": True})
 
@@ -76,8 +82,9 @@ def decoding(kind: Kind) -> Call:
         shapes["qv"] = (2, 2, 4, kind.head_size_v)
     shapes |= {name: (2, 2, 2, size) for name, size in sizes.items()}
     shapes |= {f"{name}_cache": (50, 16, 2, size) for name, size in sizes.items()}
+    types = {"k_cache": kind.key_type, "v_cache": kind.key_type}
     arguments: dict[str, Any] = {
-        name: torch.randn(shape, generator=numbers).to(kind.dtype) for name, shape in shapes.items()
+        name: torch.randn(shape, generator=numbers).to(types.get(name, kind.dtype)) for name, shape in shapes.items()
     }
     angles = torch.rand((400, 8), generator=numbers)
     arguments |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": False}

@@ -30,9 +30,16 @@ def three_tiny_kernels(mate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     """In the place of the library's kernels, which take longer to compile."""
 
     def kernel_sources(
-        head_dim: int, head_dim_v: int, dtype: torch.dtype, softcap: bool, qv: bool
+        head_dim: int,
+        head_dim_v: int,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        out_dtype: torch.dtype,
+        softcap: bool,
+        qv: bool,
     ) -> list[tuple[str, str]]:
-        kind = f"{head_dim}_{head_dim_v}_{str(dtype).removeprefix('torch.')}_{softcap}_{qv}"
+        types = "_".join(str(x).removeprefix("torch.") for x in (dtype, kv_dtype, out_dtype))
+        kind = f"{head_dim}_{head_dim_v}_{types}_{softcap}_{qv}"
         names = [f"tiny_{kind}_{i}" for i in range(3)]
         return [(name, f'extern "C" __global__ void {name}() {{}}') for name in names]
 
@@ -52,6 +59,10 @@ def test_kernels_follow_from_the_arguments(mate: ModuleType, cache: Path) -> Non
     assert mate.warmup(HEAD_DIM, HEAD_DIM) == 0
     assert mate.warmup(HEAD_DIM, 2 * HEAD_DIM) == 3
     assert mate.warmup(HEAD_DIM, dtypes=(torch.bfloat16, torch.float16)) == 3
+    assert mate.warmup(HEAD_DIM, kv_dtype=torch.float8_e4m3fn) == 3
+    assert mate.warmup(HEAD_DIM, dtypes=(torch.float8_e4m3fn,)) == 3
+    assert mate.warmup(HEAD_DIM, dtypes=(torch.float8_e4m3fn,), out_dtype=torch.bfloat16) == 0
+    assert mate.warmup(HEAD_DIM, dtypes=(torch.float8_e4m3fn,), out_dtype=torch.float16) == 3
     assert mate.warmup(HEAD_DIM, softcap=True) == 3
     assert mate.warmup(HEAD_DIM, qv=True) == 3
 
@@ -68,7 +79,7 @@ def test_progress_is_shown_on_stderr(mate: ModuleType, cache: Path, capfd: pytes
 
 
 def test_warmup_on_the_command_line(mate: ModuleType, cache: Path) -> None:
-    kernels = len(mate._library.kernel_sources(HEAD_DIM, HEAD_DIM, torch.bfloat16, False, False))
+    kernels = len(mate._library.kernel_sources(HEAD_DIM, HEAD_DIM, *[torch.bfloat16] * 3, False, False))
     command = [sys.executable, "-m", "mate", "warmup", "--head-dim", str(HEAD_DIM), "--dtype", "bfloat16"]
     for compiled in (kernels, 0):
         run = subprocess.run(command, capture_output=True, text=True)

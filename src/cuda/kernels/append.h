@@ -7,12 +7,16 @@
 
 namespace mate::cuda {
 
-/// A warp writes a row: rotated to `position` if `rotary` is given, and rounded once.
-template <ElementType element>
-__device__ inline void write_row(const void* source, void* target, int width, const Rotary* rotary,
-                                 long long position) {
-  const auto* const from = static_cast<const unsigned short*>(source);
-  auto* const to = static_cast<unsigned short*>(target);
+/// A warp writes a row: rotated to `position` if `rotary` is given, divided by `descale` where its type changes, and
+/// rounded once.
+template <ElementType from, ElementType to>
+__device__ inline void write_row(const void* source, void* target, int width, const Rotary* rotary, long long position,
+                                 float descale = 1) {
+  const auto read = [&](int column) { return widen(static_cast<const char*>(source) + column * bytes_of(from), from); };
+  const auto write = [&](int column, float value) {
+    if constexpr (from != to) value /= descale;
+    narrow<to>(value, static_cast<char*>(target) + column * bytes_of(to));
+  };
   const int lane = threadIdx.x % 32;
   int rotated = 0;
   if (rotary != nullptr) {
@@ -27,19 +31,25 @@ __device__ inline void write_row(const void* source, void* target, int width, co
       const int second = rotary->interleaved ? 2 * i + 1 : i + half;
       const float cos = widen(cos_row + i * bytes, rotary->type);
       const float sin = widen(sin_row + i * bytes, rotary->type);
-      const float a = widen(from + first, element);
-      const float b = widen(from + second, element);
-      const unsigned both = pack<element>(a * cos - b * sin, a * sin + b * cos);
-      to[first] = static_cast<unsigned short>(both);
-      to[second] = static_cast<unsigned short>(both >> 16);
+      const float a = read(first);
+      const float b = read(second);
+      write(first, a * cos - b * sin);
+      write(second, a * sin + b * cos);
     }
   }
-  for (int column = rotated + lane; column < width; column += 32) to[column] = from[column];
+  for (int column = rotated + lane; column < width; column += 32) {
+    if constexpr (from == to) {
+      using Bits = typename BitsOf<bytes_of(to)>::Type;
+      static_cast<Bits*>(target)[column] = static_cast<const Bits*>(source)[column];
+    } else {
+      write(column, read(column));
+    }
+  }
 }
 
 /// The blocks of one row of the grid share the rows of a sequence, warp by warp: first those of its new keys, then
 /// those of its queries.
-template <ElementType element>
+template <AppendTypes types>
 __device__ void append(const AppendArguments& a) {
   ptx::begin_overlapped();
   const Problem& p = a.problem;
@@ -58,9 +68,11 @@ __device__ void append(const AppendArguments& a) {
     const Location to = locate_position(p.keys, sequence, static_cast<long long>(sequence.append_at) + t);
     if (to.slot < 0 || to.slot >= p.keys.slots) continue;  // a page that there is not
     const long long from = static_cast<long long>(sequence.first_new) + t;
-    write_row<element>(p.k_new.at(new_slot, from, head), p.k.at(to.slot, to.row, head), p.head_dim, rotary,
-                       static_cast<long long>(sequence.rotary_base) + t);
-    write_row<element>(p.v_new.at(new_slot, from, head), p.v.at(to.slot, to.row, head), p.head_dim_v, nullptr, 0);
+    write_row<types.added, types.key>(p.k_new.at(new_slot, from, head), p.k.at(to.slot, to.row, head), p.head_dim,
+                                      rotary, static_cast<long long>(sequence.rotary_base) + t,
+                                      p.k_descale.at(b, head));
+    write_row<types.added, types.key>(p.v_new.at(new_slot, from, head), p.v.at(to.slot, to.row, head), p.head_dim_v,
+                                      nullptr, 0, p.v_descale.at(b, head));
   }
 
   if (rotary == nullptr) return;
@@ -70,8 +82,8 @@ __device__ void append(const AppendArguments& a) {
     const int head = static_cast<int>(i % p.heads_q);
     const long long row = static_cast<long long>(sequence.first_q) + query;
     const int advance = rotary->queries_advance ? query : 0;
-    write_row<element>(p.q.at(p.query_slot(b), row, head), a.rotated_q.at(p.query_slot(b), row, head), p.head_dim,
-                       rotary, static_cast<long long>(sequence.rotary_base) + advance);
+    write_row<types.query, types.query>(p.q.at(p.query_slot(b), row, head), a.rotated_q.at(p.query_slot(b), row, head),
+                                        p.head_dim, rotary, static_cast<long long>(sequence.rotary_base) + advance);
   }
 }
 

@@ -5,6 +5,13 @@
 
 namespace mate::cuda {
 
+/// What is appended to what, and what is rotated.
+struct AppendTypes {
+  ElementType query = ElementType::bfloat16;
+  ElementType added = ElementType::bfloat16;  ///< new keys and values
+  ElementType key = ElementType::bfloat16;    ///< of the cache
+};
+
 struct AppendArguments {
   Problem problem;
   Rows rotated_q;  ///< where queries go, which are laid out as in problem.q

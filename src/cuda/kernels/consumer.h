@@ -9,6 +9,7 @@
 #include "schedule.h"
 #include "split_scheduler.h"
 #include "tile_scheduler.h"
+#include "widener.h"
 
 namespace mate::cuda {
 
@@ -28,6 +29,12 @@ class Consumer {
   __device__ int first_row() const { return variant.wide ? 0 : group_ * 64; }
 
   __device__ const TileWork& work_of(TilePlace tile) const { return shared_.works[tile.stage()]; }
+
+  __device__ const TileScales& scales_of(TilePlace tile) const {
+    return shared_.scales[variant.widens() ? tile.stage() : 0];
+  }
+  /// What a tile's sums of values are to be multiplied by.
+  __device__ float value_factor(TilePlace tile) const { return variant.widens() ? scales_of(tile).value_factor : 1; }
 
   /// Waits for a tile. False where there are no more.
   __device__ bool find_tile(TilePlace tile) {
@@ -62,8 +69,13 @@ class Consumer {
     return work_of(tile).begin_of_part(a_.cut, n);
   }
 
-  __device__ unsigned query_matrix() const {
-    return ptx::matrix_at(ptx::shared_address(&shared_.q_tiles[q_.stage()]) + first_row() * chunk_row_bytes);
+  /// Tiles are as many as their queries.
+  using QueryPlace = RingPlace<variant.q_stages>;
+  __device__ static QueryPlace queries_of(TilePlace tile) { return tile.template in<variant.q_stages>(); }
+
+  __device__ unsigned query_matrix(TilePlace tile) const {
+    const unsigned char* const rows = shared_.q_tiles[queries_of(tile).stage()].rows;
+    return ptx::matrix_at(ptx::shared_address(rows) + first_row() * chunk_row_bytes);
   }
   __device__ unsigned key_matrix() const {
     return ptx::matrix_at(ptx::shared_address(&shared_.k_tiles[next_.stage()]));
@@ -76,11 +88,20 @@ class Consumer {
                           chunk_bytes);
   }
 
-  /// Starts scores = queries x keys and, where there are queries of values, + these x values (`v`).
-  __device__ static void start_scores(ScoreTile scores, unsigned q, unsigned k, [[maybe_unused]] unsigned v = 0) {
+  /// Starts scores = queries x keys, times `qk_factor`, and, where there are queries of values, + these x values (`v`).
+  __device__ static void start_scores(ScoreTile scores, unsigned q, unsigned k, [[maybe_unused]] unsigned v = 0,
+                                      [[maybe_unused]] float qk_factor = 1) {
     ptx::wgmma_fence();
     multiply<variant.head_dim>(scores, q, k, 0);
     if constexpr (variant.qv) {
+      if constexpr (variant.widens()) {
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        ptx::hold(scores);
+#pragma unroll
+        for (float& score : scores) score *= qk_factor;
+        ptx::wgmma_fence();
+      }
       constexpr int q_part = chunks_of(variant.head_dim) * variant.tile_rows() * chunk_row_bytes;
       multiply<variant.head_dim_v>(scores, ptx::advance(q, q_part), v, 1);
     }
@@ -92,22 +113,44 @@ class Consumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < variant.block_keys / 16; ++step) {
-      ptx::wgmma<variant.element, variant.consumer_columns()>(sums, weights + 4 * step,
-                                                              ptx::advance(v, step * 16 * chunk_row_bytes));
+      for_columns([&]<int columns, int first_column>() {
+        ptx::wgmma<variant.element(), columns, first_column / 2>(sums, weights + 4 * step,
+                                                                 values_of_step(v, step, first_column));
+      });
     }
     ptx::wgmma_commit();
   }
 
+  /// Calls product<columns, first_column>() for columns that one instruction multiplies: all that a consumer has,
+  /// unless so many threads share the registers that the assembler has too few for an instruction of all.
+  template <typename Product>
+  __device__ static void for_columns(const Product& product) {
+    constexpr int all = variant.consumer_columns();
+    constexpr int some = variant.registers_at_start() < all / 2 + 32 ? 2 * chunk_columns : all;
+    product.template operator()<some, 0>();
+    if constexpr (some < all) product.template operator()<all - some, some>();
+  }
+
+  /// The 16 keys of a step in a block of values, from a column on that begins a chunk.
+  __device__ static unsigned values_of_step(unsigned v, int step, int first_column) {
+    return ptx::advance(v, (first_column / chunk_columns * variant.block_keys + step * 16) * chunk_row_bytes);
+  }
+
   /// What the call does to a product of a query and a key before it is compared with others.
   template <int count>
-  __device__ void modify_scores(float (&scores)[count]) const {
+  __device__ void modify_scores(float (&scores)[count], TilePlace tile) const {
+    const float factor = variant.widens() ? scales_of(tile).score_factor : a_.score_factor;
     if constexpr (variant.scores == Scores::capped) {
 #pragma unroll
-      for (int i = 0; i < count; ++i) scores[i] = tanh_accurately(scores[i] * a_.score_factor);
-    } else if constexpr (variant.scores == Scores::scaled) {
+      for (int i = 0; i < count; ++i) scores[i] = tanh_accurately(scores[i] * factor);
+    } else if (variant.scores == Scores::scaled || (variant.widens() && factor != 1)) {
 #pragma unroll
-      for (int i = 0; i < count; ++i) scores[i] *= a_.score_factor;
+      for (int i = 0; i < count; ++i) scores[i] *= factor;
     }
+  }
+
+  __device__ OnlineSoftmax begin_softmax(TilePlace tile) const {
+    return OnlineSoftmax(variant.widens() ? scales_of(tile).exponent_scale : a_.exponent_scale);
   }
 
   /// Hides from each row of scores the keys, from `first_key` on, that it does not see.
@@ -127,7 +170,7 @@ class Consumer {
   template <int count>
   __device__ static void round_weights(const float (&scores)[count], unsigned (&weights)[count / 2]) {
 #pragma unroll
-    for (int i = 0; i < count / 2; ++i) weights[i] = pack<variant.element>(scores[2 * i], scores[2 * i + 1]);
+    for (int i = 0; i < count / 2; ++i) weights[i] = pack<variant.element()>(scores[2 * i], scores[2 * i + 1]);
   }
 
   template <int stages>
@@ -136,20 +179,18 @@ class Consumer {
     // The copy engine writes where products read; threads that copy do not.
     if constexpr (variant.gather) ptx::fence_proxy_async();
   }
-  __device__ void await_queries() const { await(shared_.q, q_); }
+  __device__ void await_queries(TilePlace tile) const { await(shared_.q, queries_of(tile)); }
 
   /// After the scores of block n of a tile: its queries are needed no more after the first block, which comes last.
   __device__ void release_queries_at(TilePlace tile, int n) {
     if (n > work_of(tile).blocks.begin) return;
-    release(shared_.q.empty[q_.stage()]);
-    q_.advance();
+    release(shared_.q.empty[queries_of(tile).stage()]);
   }
 
   const ForwardArguments& a_;
   ForwardShared<variant>& shared_;
   int group_;
   ResultWriter<variant> results_;
-  RingPlace<variant.q_stages> q_;
   RingPlace<variant.stages> next_;  ///< of the block that comes next
 
  private:
@@ -159,7 +200,7 @@ class Consumer {
     for (int step = 0; step < head_dim / 16; ++step) {
       const int chunk = step / 4;
       const int bytes = step % 4 * 32;
-      ptx::wgmma<variant.element, variant.block_keys>(
+      ptx::wgmma<variant.element(), variant.block_keys>(
           scores, ptx::advance(q, chunk * variant.tile_rows() * chunk_row_bytes + bytes),
           ptx::advance(k, chunk * variant.block_keys * chunk_row_bytes + bytes), accumulate | (step > 0));
     }
@@ -174,8 +215,11 @@ __device__ void run(const ForwardArguments& a) {
   auto& shared = *reinterpret_cast<ForwardShared<variant>*>(memory);
   if (threadIdx.x == 0) {
     if constexpr (!variant.gather) {
-      for (const TensorMap* map : {&a.q, &a.k, &a.v}) ptx::prefetch(*map);
-      if constexpr (variant.qv) ptx::prefetch(a.qv);
+      for (const TensorMap* map : {&a.k, &a.v}) ptx::prefetch(*map);
+      if constexpr (!variant.widens_queries()) {
+        ptx::prefetch(a.q);
+        if constexpr (variant.qv) ptx::prefetch(a.qv);
+      }
     }
     shared.init();
   }
@@ -183,17 +227,29 @@ __device__ void run(const ForwardArguments& a) {
   __syncthreads();
   const int consumer = static_cast<int>(threadIdx.x / 128) - variant.producer_warpgroups();
   if (consumer < 0) {
-    if constexpr (variant.moves_registers()) ptx::give_up_registers<variant.producer_registers()>();
-    if (threadIdx.x < 32) {
-      if constexpr (variant.splits) {
-        schedule<variant, SplitScheduler<variant>>(a, shared);
-      } else {
-        schedule<variant, TileScheduler<variant>>(a, shared);
-      }
-    } else {
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    if (variant.widens() && warp >= 4) {
+      // A branch of its own, so that the assembler knows how many registers each role has.
+      ptx::give_up_registers<variant.other_producer_registers()>();
       ptx::await_earlier_kernels();
-      if (threadIdx.x == 96) shared.readable.arrive();
-      if (threadIdx.x / 32 <= variant.loader_warps()) ForwardLoader<variant>(a, shared).run();
+      if constexpr (variant.widens()) Widener<variant>(a, shared).run();
+    } else {
+      if constexpr (variant.moves_registers()) ptx::give_up_registers<variant.producer_registers()>();
+      if (warp == 0) {
+        if constexpr (variant.splits) {
+          schedule<variant, SplitScheduler<variant>>(a, shared);
+        } else {
+          schedule<variant, TileScheduler<variant>>(a, shared);
+        }
+      } else {
+        ptx::await_earlier_kernels();
+        if (threadIdx.x == 96) shared.readable.arrive();
+        if (warp <= variant.loader_warps()) {
+          ForwardLoader<variant>(a, shared).run();
+        } else if constexpr (variant.widens() && variant.producer_warpgroups() == 1) {
+          Widener<variant>(a, shared).run();
+        }
+      }
     }
   } else {
     if constexpr (variant.moves_registers()) ptx::take_registers<variant.consumer_registers()>();

@@ -5,6 +5,16 @@
 
 namespace mate::cuda {
 
+/// An element of one or two bytes, for who copies bits.
+template <int bytes>
+struct BitsOf {
+  using Type = unsigned short;
+};
+template <>
+struct BitsOf<1> {
+  using Type = unsigned char;
+};
+
 /// Two float32 rounded to the type, the first in the low half.
 template <ElementType element>
 __device__ inline unsigned pack(float first, float second) {
@@ -20,11 +30,31 @@ __device__ inline unsigned pack(float first, float second) {
 /// One element of a type that is known when the kernel runs, as float32.
 __device__ inline float widen(const void* element, ElementType type) {
   if (type == ElementType::float32) return *static_cast<const float*>(element);
+  if (type == ElementType::float8_e4m3) {
+    float first;
+    asm("{\n.reg .b32 halves;\n.reg .b16 low, high;\ncvt.rn.f16x2.e4m3x2 halves, %1;\nmov.b32 {low, high}, halves;\n"
+        "cvt.f32.f16 %0, low;\n}"
+        : "=f"(first)
+        : "h"(static_cast<unsigned short>(*static_cast<const unsigned char*>(element))));
+    return first;
+  }
   const auto bits = *static_cast<const unsigned short*>(element);
   if (type == ElementType::bfloat16) return __int_as_float(bits << 16);
   float wide;
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(bits));
   return wide;
+}
+
+/// Rounds float32 to an element. e4m3 saturates to its largest number, and keeps NaN.
+template <ElementType type>
+__device__ inline void narrow(float value, void* element) {
+  if constexpr (type == ElementType::float8_e4m3) {
+    unsigned short pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0F), "f"(value));
+    *static_cast<unsigned char*>(element) = static_cast<unsigned char>(pair);
+  } else {
+    *static_cast<unsigned short*>(element) = static_cast<unsigned short>(pack<type>(value, 0));
+  }
 }
 
 }  // namespace mate::cuda

@@ -12,6 +12,8 @@
 // |                            | fetches the tile's queries                         | q.empty    | q.full    |
 // | warp 2: loader             | fetches a block of values                          | v.empty    | v.full    |
 // | (where rows are gathered, all warps of producers do both)                       |            |           |
+// | wideners, of e4m3          | widen a block that loaders have fetched, and fetch | *.empty    | *.full    |
+// |                            | queries: see widener.h                             |            |           |
 // | each consumer, in turns    | starts scores = queries x keys of the next block   | k.full     |           |
 // |                            | and sums += weights x values of this one           | v.full     |           |
 // | then on its own            | makes weights of the scores while the values' run  |            | k.empty   |
@@ -57,6 +59,7 @@ class ForwardConsumer : Consumer<variant> {
   using Consumer<variant>::await;
   using Consumer<variant>::await_queries;
   using Consumer<variant>::begin_of_part;
+  using Consumer<variant>::begin_softmax;
   using Consumer<variant>::find_tile;
   using Consumer<variant>::group_;
   using Consumer<variant>::key_matrix;
@@ -81,18 +84,18 @@ class ForwardConsumer : Consumer<variant> {
     float scores[keys / 2];
     unsigned weights[keys / 4];
     float rescale[rows_of_thread];
-    OnlineSoftmax softmax(a_.exponent_scale);
+    OnlineSoftmax softmax = begin_softmax(tile);
 
-    await_queries();
+    await_queries(tile);
     await_keys();
     const bool in_turn = begin_turn();
-    start_scores(scores, query_matrix(), key_matrix());
+    start_scores(scores, query_matrix(tile), key_matrix());
     if (in_turn) pass_turn();
     ptx::wgmma_wait<0>();
     ptx::hold(scores);
     release_keys();
     release_queries_at(tile, n);
-    this->modify_scores(scores);
+    this->modify_scores(scores, tile);
     this->hide_keys(scores, work_of(tile), n * keys);
     softmax.template update<keys>(scores, rescale);
     this->round_weights(scores, weights);
@@ -107,10 +110,10 @@ class ForwardConsumer : Consumer<variant> {
         await_values();
         do {
           --n;
-          start_products(scores, weights, sums);
+          start_products(tile, scores, weights, sums);
           release_keys();
           release_queries_at(tile, n);
-          this->modify_scores(scores);
+          this->modify_scores(scores, tile);
           const bool rescales = softmax.template update<keys>(scores, rescale);
           ptx::hold(scores);
           await_keys();
@@ -139,16 +142,16 @@ class ForwardConsumer : Consumer<variant> {
       if (more) {
         if (last) {
           n = work_of(next).blocks.end;
-          await_queries();
+          await_queries(next);
         }
-        if (ends_part) softmax = OnlineSoftmax(a_.exponent_scale);
+        if (ends_part) softmax = begin_softmax(next);
         --n;
         await_keys();
         await_values();
-        start_products(scores, weights, sums);
+        start_products(next, scores, weights, sums);
         release_keys();
         release_queries_at(next, n);
-        this->modify_scores(scores);
+        this->modify_scores(scores, next);
         this->hide_keys(scores, work_of(next), n * keys);
         rescales = softmax.template update<keys>(scores, rescale);
         ptx::hold(scores);
@@ -163,7 +166,7 @@ class ForwardConsumer : Consumer<variant> {
         if (skips) release(shared_.v.empty[next_.before(1).stage()]);
       }
       if (ends_part) {
-        results_.write(work_of(tile), part_begin, sums, finished);
+        results_.write(work_of(tile), part_begin, sums, finished, this->value_factor(tile));
         if (last) {
           release_tile(tile);
           tile = next;
@@ -197,9 +200,10 @@ class ForwardConsumer : Consumer<variant> {
     release_tile(tile);
   }
 
-  /// Starts the scores of the next block and the values of this one, which are there, and waits for the scores.
-  __device__ void start_products(ScoreTile scores, const unsigned (&weights)[keys / 4], Sums sums) {
-    const unsigned q = query_matrix();
+  /// Starts the scores of the next block, of `tile`, and the values of this one, which are there, and waits for the
+  /// scores.
+  __device__ void start_products(TilePlace tile, ScoreTile scores, const unsigned (&weights)[keys / 4], Sums sums) {
+    const unsigned q = query_matrix(tile);
     const unsigned k = key_matrix();
     const unsigned v = value_matrix(next_.before(1));
     if constexpr (variant.warpgroups > 1) await_turn();

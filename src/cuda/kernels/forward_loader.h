@@ -23,15 +23,38 @@ class ForwardLoader {
         blocks = locate_last(shared_.works[work_.stage()]);
       }
       found = load(shared_.works[work_.stage()], blocks);
-      shared_.work.empty[work_.stage()].arrive();
+      shared_.work.empty[work_.again().stage()].arrive();
     }
-    if (!variant.wide && loads_keys()) announce_no_more();
+    if (!variant.wide && !variant.widens() && loads_keys()) announce_no_more();
   }
 
  private:
-  // Rows are gathered by all warps together; else one fetches queries and keys, another one values.
-  __device__ static bool loads_keys() { return variant.gather || threadIdx.x < 64; }
-  __device__ static bool loads_values() { return variant.gather || threadIdx.x >= 64; }
+  // Rows are gathered by all warps together; else one fetches queries and keys, another one values, if there is one.
+  static constexpr bool loads_all = variant.gather || variant.loader_warps() == 1;
+  __device__ static bool loads_keys() { return loads_all || threadIdx.x < 64; }
+  __device__ static bool loads_values() { return loads_all || threadIdx.x >= 64; }
+
+  // Where blocks go: to consumers, or to who widens them first.
+  static constexpr int stages = variant.widens() ? variant.fetched_stages : variant.stages;
+  static constexpr int k_bytes = variant.widens() ? variant.fetched_k_bytes() : variant.k_bytes();
+  static constexpr int v_bytes = variant.widens() ? variant.fetched_v_bytes() : variant.v_bytes();
+  static constexpr int query_bytes = bytes_of(variant.types.query);  // of an element
+  static constexpr int key_bytes = bytes_of(variant.types.key);
+  __device__ auto& rings() const {
+    if constexpr (variant.widens()) {
+      return shared_.fetched;
+    } else {
+      return shared_;
+    }
+  }
+  __device__ unsigned char* k_tile(int stage) const {
+    if constexpr (variant.widens()) return shared_.fetched_tiles.k[stage].rows;
+    return shared_.k_tiles[stage].rows;
+  }
+  __device__ unsigned char* v_tile(int stage) const {
+    if constexpr (variant.widens()) return shared_.fetched_tiles.v[stage].rows;
+    return shared_.v_tiles[stage].rows;
+  }
 
   /// Consumers that score ahead wait for the keys of the next block, be there one or not.
   __device__ void announce_no_more() {
@@ -39,7 +62,8 @@ class ForwardLoader {
     if (variant.gather || first_lane()) shared_.k.full[next_.stage()].arrive();
   }
 
-  using Bits = unsigned short;
+  using QueryBits = typename BitsOf<query_bytes>::Type;
+  using KeyBits = typename BitsOf<key_bytes>::Type;
   using Gather = GatherLoader<variant.loader_warps()>;
 
   /// Whether rows of block n that no row of the sequence sees are fetched all the same. Behind the tensor's last row
@@ -119,10 +143,10 @@ class ForwardLoader {
         if (n <= begin && !found) found = locate_next(blocks);
       }
       // Keys are fetched ahead of values, unless there is no room for them until values are there.
-      constexpr bool ahead = variant.stages > 1;
+      constexpr bool ahead = stages > 1;
       const auto load_values = [&] {
         if (n == last || !loads_values()) return;
-        if constexpr (variant.gather) {
+        if constexpr (loads_all) {
           load_v(work, n + 1, before, next_.before(ahead && n >= begin ? 2 : 1));
         } else {
           load_v(work, n + 1, before, next_);
@@ -136,7 +160,7 @@ class ForwardLoader {
       }
       if (ahead) load_values();
       if (n == last) {
-        if (loads_keys()) load_q(work);
+        if (!variant.widens_queries() && loads_keys()) load_q(work);
         if (variant.splits && loads_values()) find_parts(work);
       }
       if (n < begin) return found;
@@ -173,9 +197,9 @@ class ForwardLoader {
   __device__ void fetch_box(bool once, unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int head,
                             const KeyPlaces& box) const {
     if (variant.splits && !variant.one_tile() && once) {
-      load_tile_once<variant.block_keys>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
+      load_tile_once<variant.block_keys, key_bytes>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
     } else {
-      load_tile<variant.block_keys>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
+      load_tile<variant.block_keys, key_bytes>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
     }
   }
 
@@ -199,18 +223,19 @@ class ForwardLoader {
   }
 
   __device__ void load_q(const TileWork& work) {
-    shared_.q.empty[q_.stage()].wait(q_.parity() ^ 1);
+    const auto to = work_.again().template in<variant.q_stages>();  // tiles are as many as their queries
+    shared_.q.empty[to.stage()].wait(to.parity() ^ 1);
     const Problem& p = a_.problem;
     const int slot = p.query_slot(work.sequence);
-    unsigned char* const tile = shared_.q_tiles[q_.stage()].rows;
-    ptx::Mbarrier& full = shared_.q.full[q_.stage()];
+    unsigned char* const tile = shared_.q_tiles[to.stage()].rows;
+    ptx::Mbarrier& full = shared_.q.full[to.stage()];
     [[maybe_unused]] constexpr int qv_offset = variant.tile_rows() * chunks_of(variant.head_dim) * chunk_row_bytes;
     if constexpr (variant.gather) {
       const auto gather = [&]<int padded>(unsigned char* part, const Rows& rows, int head_dim) {
-        gather_.template copy<variant.tile_rows(), padded>(part, head_dim, [&](int row, int) -> const Bits* {
+        gather_.template copy<variant.tile_rows(), padded>(part, head_dim, [&](int row, int) -> const QueryBits* {
           const RowPlace place = place_of(a_, work, row);
           if (place.query >= work.used) return nullptr;
-          return row_of(rows, slot, static_cast<long long>(work.place.first_q) + place.query, place.head);
+          return row_of<QueryBits>(rows, slot, static_cast<long long>(work.place.first_q) + place.query, place.head);
         });
       };
       gather.template operator()<variant.head_dim>(tile, p.q, p.head_dim);
@@ -219,35 +244,35 @@ class ForwardLoader {
     } else if (first_lane()) {
       full.arrive_expecting(a_.tile_rows * variant.q_chunks() * chunk_row_bytes);
       const int row = work.place.first_q + work.first_query;
-      load_tile<variant.tile_rows()>(tile, variant.head_dim, a_.q, full, 0, row, work.unit, slot);
+      load_tile<variant.tile_rows(), query_bytes>(tile, variant.head_dim, a_.q, full, 0, row, work.unit, slot);
       if constexpr (variant.qv) {
-        load_tile<variant.tile_rows()>(tile + qv_offset, variant.head_dim_v, a_.qv, full, 0, row, work.unit, slot);
+        load_tile<variant.tile_rows(), query_bytes>(tile + qv_offset, variant.head_dim_v, a_.qv, full, 0, row,
+                                                    work.unit, slot);
       }
     }
-    q_.advance();
   }
 
   __device__ void load_k(const TileWork& work, int n, const KeyPlaces& places) {
-    shared_.k.empty[next_.stage()].wait(next_.parity() ^ 1);
-    unsigned char* const tile = shared_.k_tiles[next_.stage()].rows;
-    ptx::Mbarrier& full = shared_.k.full[next_.stage()];
+    rings().k.empty[next_.stage()].wait(next_.parity() ^ 1);
+    unsigned char* const tile = k_tile(next_.stage());
+    ptx::Mbarrier& full = rings().k.full[next_.stage()];
     if constexpr (variant.gather) {
       gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
     } else {
-      fetch<variant.head_dim>(reads_once(work), tile, a_.k, full, variant.k_bytes(), work.head_k, places);
+      fetch<variant.head_dim>(reads_once(work), tile, a_.k, full, k_bytes, work.head_k, places);
     }
   }
 
-  __device__ void load_v(const TileWork& work, int n, const KeyPlaces& places, RingPlace<variant.stages> place) {
-    shared_.v.empty[place.stage()].wait(place.parity() ^ 1);
-    unsigned char* const tile = shared_.v_tiles[place.stage()].rows;
-    ptx::Mbarrier& full = shared_.v.full[place.stage()];
+  __device__ void load_v(const TileWork& work, int n, const KeyPlaces& places, RingPlace<stages> place) {
+    rings().v.empty[place.stage()].wait(place.parity() ^ 1);
+    unsigned char* const tile = v_tile(place.stage());
+    ptx::Mbarrier& full = rings().v.full[place.stage()];
     if constexpr (variant.gather) {
       gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile, full);
     } else {
-      const bool clears = fetches_unseen(work, n);
-      fetch<variant.head_dim_v>(reads_once(work), tile, a_.v, clears ? shared_.v_fetched : full, variant.v_bytes(),
-                                work.head_k, places);
+      const bool clears = !variant.widens() && fetches_unseen(work, n);
+      fetch<variant.head_dim_v>(reads_once(work), tile, a_.v, clears ? shared_.v_fetched : full, v_bytes, work.head_k,
+                                places);
       if (clears) clear_unseen(work, n, tile, full);
     }
   }
@@ -274,28 +299,29 @@ class ForwardLoader {
     const int end = work.seen.end - first_key;
     const KeyLayout& keys = a_.problem.keys;
     if (!keys.paged()) {
-      const Bits* const first = row_of(rows, places.slot[0], places.row[0], work.head_k);
-      gather_.template copy<variant.block_keys, padded>(tile, head_dim, [&](int row, int) -> const Bits* {
+      const KeyBits* const first = row_of<KeyBits>(rows, places.slot[0], places.row[0], work.head_k);
+      gather_.template copy<variant.block_keys, padded>(tile, head_dim, [&](int row, int) -> const KeyBits* {
         return row >= begin && row < end ? first + row * rows.row_stride : nullptr;
       });
       ptx::arrive_after_copies(full);
       return;
     }
     // Each lane finds rows of its own and hands them to those that copy them.
-    const Bits* of_lane[KeyPlaces::count];
+    const KeyBits* of_lane[KeyPlaces::count];
 #pragma unroll
     for (int i = 0; i < KeyPlaces::count; ++i) {
       const bool exists = places.slot[i] >= 0 && places.slot[i] < keys.slots;
-      of_lane[i] = exists ? row_of(rows, places.slot[i], places.row[i], work.head_k) : nullptr;
+      of_lane[i] = exists ? row_of<KeyBits>(rows, places.slot[i], places.row[i], work.head_k) : nullptr;
     }
     gather_.template copy<variant.block_keys, padded>(tile, head_dim, [&](int, unsigned row_of_warp) {
-      const Bits* const row = row_of_warp < 32 ? of_lane[0] : of_lane[KeyPlaces::count - 1];
-      return reinterpret_cast<const Bits*>(
+      const KeyBits* const row = row_of_warp < 32 ? of_lane[0] : of_lane[KeyPlaces::count - 1];
+      return reinterpret_cast<const KeyBits*>(
           __shfl_sync(~0U, reinterpret_cast<unsigned long long>(row), row_of_warp % 32));
     });
     ptx::arrive_after_copies(full);
   }
 
+  template <typename Bits>
   __device__ static const Bits* row_of(const Rows& rows, long long slot, long long row, long long head) {
     return static_cast<const Bits*>(rows.data) + slot * rows.slot_stride + row * rows.row_stride +
            head * rows.head_stride;
@@ -305,8 +331,7 @@ class ForwardLoader {
   ForwardShared<variant>& shared_;
   Gather gather_;
   RingPlace<ForwardShared<variant>::work_stages> work_;
-  RingPlace<variant.q_stages> q_;
-  RingPlace<variant.stages> next_;  ///< of the blocks that this warp fetches: where it fetches both, of the keys
+  RingPlace<stages> next_;  ///< of the blocks that this warp fetches: where it fetches both, of the keys
   unsigned v_fetched_parity_ = 0;
 };
 

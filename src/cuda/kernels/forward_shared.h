@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ring.h"
+#include "tile_scales.h"
 #include "tile_work.h"
 
 namespace mate::cuda {
@@ -20,6 +21,22 @@ struct SharedWeights<variant, true> {
   TileBuffer<variant.p_bytes()> tile;
 };
 
+/// Blocks as they are fetched, where they are widened before they are consumed, and their barriers.
+template <ForwardVariant variant, bool needed = variant.widens()>
+struct FetchedTiles {};
+template <ForwardVariant variant, bool needed = variant.widens()>
+struct FetchedRings {};
+
+template <ForwardVariant variant>
+struct FetchedTiles<variant, true> {
+  TileBuffer<variant.fetched_k_bytes()> k[variant.fetched_stages];
+  TileBuffer<variant.fetched_v_bytes()> v[variant.fetched_stages];
+};
+template <ForwardVariant variant>
+struct FetchedRings<variant, true> {
+  RingBarriers<variant.fetched_stages> k, v;
+};
+
 template <ForwardVariant variant>
 struct ForwardShared {
   static constexpr int work_stages = 4;
@@ -27,8 +44,10 @@ struct ForwardShared {
   TileBuffer<variant.q_bytes()> q_tiles[variant.q_stages];
   TileBuffer<variant.k_bytes()> k_tiles[variant.stages];
   TileBuffer<variant.v_bytes()> v_tiles[variant.stages];
-  SharedWeights<variant> weights;
+  [[no_unique_address]] FetchedTiles<variant> fetched_tiles;
+  [[no_unique_address]] SharedWeights<variant> weights;
   alignas(16) TileWork works[work_stages];
+  TileScales scales[variant.widens() ? work_stages : 1];  ///< of these, where keys are e4m3
   KeyRange visible[64 * variant.warpgroups];  ///< to each row of each consumer, where some of its keys are hidden
   // Of rows, by each of the consumers that have them in common: what its weights are relative to, and their sums.
   float references[variant.wide ? 64 * variant.warpgroups : 1];
@@ -36,6 +55,7 @@ struct ForwardShared {
   int merges[variant.row_groups()];  ///< whether the parts of some rows are all done
   RingBarriers<variant.q_stages> q;
   RingBarriers<variant.stages> k, v;
+  [[no_unique_address]] FetchedRings<variant> fetched;
   RingBarriers<work_stages> work;
   ptx::Mbarrier begun;      ///< a tile: the next may be taken
   ptx::Mbarrier readable;   ///< is all memory: earlier kernels have ended
@@ -45,10 +65,15 @@ struct ForwardShared {
   __device__ void init() {
     constexpr int producers = variant.gather ? variant.loader_warps() * 32 : 1;
     constexpr int consumer_warps = 4 * variant.warpgroups;
-    q.init(producers, consumer_warps);
-    k.init(producers, consumer_warps);
-    v.init(producers, consumer_warps);
-    work.init(1, 32 * (variant.loader_warps() + consumer_warps));
+    constexpr int wideners = variant.widener_warps();
+    q.init(variant.widens_queries() ? wideners : producers, consumer_warps);
+    k.init(variant.widens() ? wideners : producers, consumer_warps);
+    v.init(variant.widens() ? wideners : producers, consumer_warps);
+    if constexpr (variant.widens()) {
+      fetched.k.init(producers, wideners);
+      fetched.v.init(producers, wideners);
+    }
+    work.init(1, 32 * (variant.loader_warps() + wideners + consumer_warps));
     begun.init(1);
     readable.init(1);
     v_fetched.init(1);

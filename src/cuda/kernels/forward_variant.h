@@ -6,14 +6,17 @@
 
 namespace mate::cuda {
 
-/// Columns of a chunk: tiles in shared memory are chunks of rows of 128 bytes, as the copy engine swizzles them.
-inline constexpr int chunk_columns = 64;
+/// Tiles in shared memory are chunks of rows of 128 bytes, as the copy engine swizzles them.
 inline constexpr int chunk_row_bytes = 128;
+/// Columns of a chunk of elements that are multiplied, which have 16 bits.
+inline constexpr int chunk_columns = chunk_row_bytes / 2;
 
-/// Shared memory beside the tiles: barriers, what the scheduler says of a tile, and what its rows see.
-inline constexpr int other_shared_bytes = 3072;
+/// Shared memory of a block of threads.
+inline constexpr int most_shared_bytes = 227 * 1024;
 
-constexpr int chunks_of(int head_dim) { return (head_dim + chunk_columns - 1) / chunk_columns; }
+constexpr int chunks_of(int head_dim, int element_bytes = 2) {
+  return (head_dim * element_bytes + chunk_row_bytes - 1) / chunk_row_bytes;
+}
 
 /// What is done to a product of a query and a key before it is compared with others.
 enum class Scores {
@@ -22,14 +25,25 @@ enum class Scores {
   capped     ///< it is multiplied, and the hyperbolic tangent taken
 };
 
+/// What a call's tensors hold.
+struct TensorTypes {
+  ElementType query = ElementType::bfloat16;  ///< of q and qv
+  ElementType key = ElementType::bfloat16;    ///< of k and v
+  ElementType out = ElementType::bfloat16;
+
+  /// What is multiplied: e4m3 is widened without loss.
+  constexpr ElementType product() const { return query == ElementType::float8_e4m3 ? ElementType::float16 : query; }
+};
+
 struct ForwardVariant {
-  ElementType element = ElementType::bfloat16;
+  TensorTypes types;
   int head_dim = 0;    ///< of the keys, rounded up to a multiple of 16 (wide: 64)
   int head_dim_v = 0;  ///< of the values, likewise (wide: 128)
   int warpgroups = 0;  ///< consumers, each with 64 rows of the tile (wide: with half of the columns of the same rows)
   int block_keys = 0;  ///< keys of a block
   int stages = 0;      ///< blocks of keys, and of values, in shared memory
-  int q_stages = 0;    ///< tiles of queries in shared memory
+  int fetched_stages = 0;  ///< likewise of e4m3, before they are widened
+  int q_stages = 0;        ///< tiles of queries in shared memory
   Scores scores = Scores::products;
   bool gather = false;  ///< rows are loaded one by one, whatever their alignment; else by tensor maps
   bool splits = false;  ///< the keys of a tile are shared out among blocks of threads
@@ -47,30 +61,59 @@ struct ForwardVariant {
   /// Rows that there is room for. A tile holds whole queries, of `pack` rows each.
   constexpr int tile_rows() const { return 64 * row_groups(); }
   constexpr Tiling tiling(int pack) const { return {tile_rows() / pack * pack, block_keys, pack}; }
-  /// Of the scheduler and the loaders. Where rows are gathered for one consumer, which may wait for nothing but memory,
-  /// copying takes more threads.
-  constexpr int producer_warpgroups() const { return gather && warpgroups == 1 ? 2 : 1; }
-  /// Rows are gathered by all producers but the scheduler.
-  constexpr int loader_warps() const { return gather ? 4 * producer_warpgroups() - 1 : 2; }
+  /// What is multiplied.
+  constexpr ElementType element() const { return types.product(); }
+  /// Keys and values, and queries, are e4m3, which is widened in shared memory.
+  constexpr bool widens() const { return types.key == ElementType::float8_e4m3; }
+  constexpr bool widens_queries() const { return types.query == ElementType::float8_e4m3; }
+  /// One consumer, which may wait for nothing but memory: its producers are the more.
+  constexpr bool streams() const { return warpgroups == 1; }
+  /// Of the scheduler, the loaders and the wideners.
+  constexpr int producer_warpgroups() const {
+    if (widens()) return streams() ? 3 : wide ? 2 : 1;
+    return gather && streams() ? 2 : 1;
+  }
+  /// They are the last warps of the producers.
+  constexpr int widener_warps() const {
+    if (!widens()) return 0;
+    return producer_warpgroups() > 1 ? 4 * (producer_warpgroups() - 1) : gather ? 1 : 2;
+  }
+  /// Rows are gathered by all producers but the scheduler and the wideners.
+  constexpr int loader_warps() const {
+    const int rest = 4 * producer_warpgroups() - 1 - widener_warps();
+    return gather || rest < 2 ? rest : 2;
+  }
   constexpr int threads() const { return 128 * (warpgroups + producer_warpgroups()); }
   /// Of a row of q and, behind it, qv.
   constexpr int q_chunks() const { return chunks_of(head_dim) + (qv ? chunks_of(head_dim_v) : 0); }
   constexpr int q_bytes() const { return tile_rows() * q_chunks() * chunk_row_bytes; }
   constexpr int k_bytes() const { return block_keys * chunks_of(head_dim) * chunk_row_bytes; }
   constexpr int v_bytes() const { return block_keys * chunks_of(head_dim_v) * chunk_row_bytes; }
+  /// Of blocks before they are widened.
+  constexpr int fetched_k_bytes() const { return block_keys * chunks_of(head_dim, 1) * chunk_row_bytes; }
+  constexpr int fetched_v_bytes() const { return block_keys * chunks_of(head_dim_v, 1) * chunk_row_bytes; }
+  constexpr int fetched_bytes() const { return fetched_stages * (fetched_k_bytes() + fetched_v_bytes()); }
   /// Of weights, where consumers have them in common.
   constexpr int p_bytes() const { return wide ? tile_rows() * chunks_of(block_keys) * chunk_row_bytes : 0; }
+  /// Beside the tiles: barriers, what the scheduler says of a tile, and what its rows see.
+  constexpr int other_shared_bytes() const { return wide && widens() ? 4096 : 3072; }
+  constexpr int tile_bytes() const { return most_shared_bytes - other_shared_bytes(); }
   constexpr int shared_bytes() const {
-    return q_stages * q_bytes() + stages * (k_bytes() + v_bytes()) + p_bytes() + other_shared_bytes;
+    return q_stages * q_bytes() + stages * (k_bytes() + v_bytes()) + fetched_bytes() + p_bytes() + other_shared_bytes();
   }
   // Registers of a thread. A block starts with as many for all its threads; what the producers give up the consumers
   // take. With one consumer there are enough for all.
   constexpr bool moves_registers() const { return threads() > 256; }
   constexpr int registers_at_start() const { return moves_registers() ? 64 * 1024 / threads() / 8 * 8 : 248; }
-  constexpr int producer_registers() const { return warpgroups == 3 ? 32 : gather || splits ? 88 : 40; }
+  constexpr int producer_registers() const {
+    return warpgroups == 3 ? 32 : wide && widens() ? 80 : gather || splits || widens() ? 88 : 40;
+  }
+  /// Of warpgroups of producers beside the first.
+  constexpr int other_producer_registers() const { return !widens() ? producer_registers() : wide ? 48 : 80; }
   constexpr int consumer_registers() const {
     if (!moves_registers()) return registers_at_start();
-    const int all = registers_at_start() * threads() / 128 - producer_registers() * producer_warpgroups();
+    const int all = registers_at_start() * threads() / 128 - producer_registers() -
+                    other_producer_registers() * (producer_warpgroups() - 1);
     return all / warpgroups < 248 ? all / warpgroups / 8 * 8 : 248;
   }
 };

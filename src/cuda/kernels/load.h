@@ -4,6 +4,7 @@
 // c of row r stands at place c ^ (r % 8). Products read it without bank conflicts.
 #pragma once
 
+#include "element.h"
 #include "forward_arguments.h"
 #include "forward_variant.h"
 #include "ptx/cp_async.h"
@@ -12,22 +13,24 @@
 namespace mate::cuda {
 
 /// One thread has the copy engine fetch a tile of `rows` rows, chunk by chunk.
-template <int rows, typename... Coordinates>
+template <int rows, int element_bytes, typename... Coordinates>
 __device__ inline void load_tile(unsigned char* tile, int head_dim, const TensorMap& map, ptx::Mbarrier& barrier,
                                  Coordinates... coordinates) {
 #pragma unroll
-  for (int chunk = 0; chunk < chunks_of(head_dim); ++chunk) {
-    ptx::load_box(tile + chunk * rows * chunk_row_bytes, map, barrier, chunk * chunk_columns, coordinates...);
+  for (int chunk = 0; chunk < chunks_of(head_dim, element_bytes); ++chunk) {
+    ptx::load_box(tile + chunk * rows * chunk_row_bytes, map, barrier, chunk * (chunk_row_bytes / element_bytes),
+                  coordinates...);
   }
 }
 
 /// The same of a tile that is read once.
-template <int rows, typename... Coordinates>
+template <int rows, int element_bytes, typename... Coordinates>
 __device__ inline void load_tile_once(unsigned char* tile, int head_dim, const TensorMap& map, ptx::Mbarrier& barrier,
                                       Coordinates... coordinates) {
 #pragma unroll
-  for (int chunk = 0; chunk < chunks_of(head_dim); ++chunk) {
-    ptx::load_box_once(tile + chunk * rows * chunk_row_bytes, map, barrier, chunk * chunk_columns, coordinates...);
+  for (int chunk = 0; chunk < chunks_of(head_dim, element_bytes); ++chunk) {
+    ptx::load_box_once(tile + chunk * rows * chunk_row_bytes, map, barrier, chunk * (chunk_row_bytes / element_bytes),
+                       coordinates...);
   }
 }
 
@@ -35,6 +38,12 @@ __device__ inline void load_tile_once(unsigned char* tile, int head_dim, const T
 template <int rows>
 __device__ inline unsigned piece_offset(unsigned row, unsigned piece) {
   return (piece / 8 * rows + row) * chunk_row_bytes + ((piece % 8) ^ (row % 8)) * 16;
+}
+
+/// The same of a byte.
+template <int rows>
+__device__ inline unsigned byte_offset(unsigned row, unsigned byte) {
+  return piece_offset<rows>(row, byte / 16) + byte % 16;
 }
 
 /// A warp clears rows begin .. end of a tile.
@@ -48,6 +57,14 @@ __device__ inline void clear_rows(unsigned char* tile, int head_dim, int begin, 
     *reinterpret_cast<uint4*>(tile + piece_offset<rows>(i / pieces, i % pieces)) = make_uint4(0, 0, 0, 0);
   }
 }
+
+/// What a pointer to constants points to.
+template <typename Pointer>
+struct Pointee;
+template <typename Element>
+struct Pointee<const Element*> {
+  using Type = Element;
+};
 
 /// Fetches tiles row by row, by `warps` warps together, whatever the alignment of rows. Nobody waits for the copies but
 /// who waits for the tile's barrier, at which they arrive: ptx::arrive_after_copies().
@@ -67,7 +84,8 @@ class GatherLoader {
   __device__ unsigned row_of_warp(unsigned i) const { return (i / group * warps + warp_) * group + i % group; }
 
   /// row_of(r, i) is where row r of the tile begins, the i-th of this warp, or null for a row of zeros: all lanes of a
-  /// warp ask at once. Elements past `head_dim` become zeros, up to `padded`.
+  /// warp ask at once. It points to integers of an element's size. Elements past `head_dim` become zeros, up to
+  /// `padded`.
   template <int rows, int padded, typename RowOf>
   __device__ void copy(unsigned char* tile, int head_dim, const RowOf& row_of) const {
     switch (copy_bytes_) {
@@ -87,7 +105,8 @@ class GatherLoader {
   /// the address of one is found while others are.
   template <int rows, int padded, int bytes, typename RowOf>
   __device__ void copy_pieces(unsigned char* tile, int head_dim, const RowOf& row_of) const {
-    constexpr int elements = bytes / 2;
+    using Element = typename Pointee<decltype(row_of(0, 0))>::Type;
+    constexpr int elements = bytes / sizeof(Element);
     constexpr int pieces = padded / elements;
     constexpr int rows_at_once = pieces <= 4 ? group : pieces <= 8 ? 4 : pieces <= 16 ? 2 : 1;
     constexpr int copies_of_row = pieces < 32 ? 1 : pieces / 32;
@@ -102,13 +121,13 @@ class GatherLoader {
 #pragma unroll(rows_unrolled)
       for (int step = 0; step < group; step += rows_at_once) {
         const unsigned row_of_group = step + row_of_lane;
-        const unsigned short* source = row_of(row_of_warp(i) + row_of_group, i + row_of_group);
+        const Element* source = row_of(row_of_warp(i) + row_of_group, i + row_of_group);
 #pragma unroll
         for (int first = 0; first < pieces; first += lanes_of_row) {
           const unsigned column = (first + lane % lanes_of_row) * elements;
           if (column >= padded) break;
           // A group begins where the pattern of a swizzled tile does, so that its rows are alike in all groups.
-          unsigned char* const target = rows_of_group + piece_offset<rows>(row_of_group, column / 8) + column % 8 * 2;
+          unsigned char* const target = rows_of_group + byte_offset<rows>(row_of_group, column * sizeof(Element));
           const bool inside = source != nullptr && column < head_dim;
           ptx::copy_async<bytes>(ptx::shared_address(target), source + column, inside);
         }
@@ -116,27 +135,33 @@ class GatherLoader {
     }
   }
 
-  /// Two elements at a time, in one piece or, where rows are aligned to 2 bytes alone, one by one. Such rows are rare,
-  /// so that little code counts for more than time.
+  /// Four bytes at a time, in one piece or, where rows are aligned to fewer, element by element. Such rows are rare, so
+  /// that little code counts for more than time.
   template <int rows, int padded, typename RowOf>
   __device__ void copy_words(unsigned char* tile, int head_dim, const RowOf& row_of) const {
+    using Element = typename Pointee<decltype(row_of(0, 0))>::Type;
+    constexpr int elements = 4 / sizeof(Element);
     const unsigned lane = ptx::known_only_here(lane_);
 #pragma unroll 1
     for (int i = 0; row_of_warp(i) < rows; ++i) {
       const unsigned row = row_of_warp(i);
-      const unsigned short* source = row_of(row, i);
+      const Element* source = row_of(row, i);
 #pragma unroll
-      for (int first = 0; first < padded; first += 64) {
-        const unsigned column = first + 2 * lane;
+      for (int first = 0; first < padded; first += 32 * elements) {
+        const unsigned column = first + elements * lane;
         if (column >= padded) break;
-        unsigned char* const target = tile + piece_offset<rows>(row, column / 8) + column % 8 * 2;
+        unsigned char* const target = tile + byte_offset<rows>(row, column * sizeof(Element));
         const bool inside = source != nullptr && column < head_dim;
         if (copy_bytes_ == 4) {
           ptx::copy_async<4>(ptx::shared_address(target), source + column, inside);
         } else {
-          const unsigned low = inside ? source[column] : 0;
-          const unsigned high = inside && column + 1 < head_dim ? source[column + 1] : 0;
-          *reinterpret_cast<unsigned*>(target) = low | high << 16;
+          unsigned word = 0;
+#pragma unroll
+          for (int j = 0; j < elements; ++j) {
+            const bool exists = inside && column + j < head_dim;
+            word |= (exists ? source[column + j] : 0U) << j * 8 * sizeof(Element);
+          }
+          *reinterpret_cast<unsigned*>(target) = word;
         }
       }
     }

@@ -28,13 +28,14 @@ class ResultWriter {
       : a_(arguments), consumer_(consumer), is_last_(is_last) {}
 
   /// Of a tile, or the part of it that begins with block `begin`, whose keys have all been seen: the last of the parts
-  /// that this block of threads takes comes first.
-  __device__ void write(const TileWork& work, int begin, Sums sums, const OnlineSoftmax& softmax) const {
+  /// that this block of threads takes comes first. Sums of values are multiplied by `value_factor`.
+  __device__ void write(const TileWork& work, int begin, Sums sums, const OnlineSoftmax& softmax,
+                        float value_factor) const {
     const Problem& p = a_.problem;
     if constexpr (variant.splits) {
       if (work.parts.count > 1) {
         store_part(work, work.part_at(a_.cut, begin), sums, softmax);
-        if (begin == work.blocks.begin && are_all_done(work)) merge_parts(work);
+        if (begin == work.blocks.begin && are_all_done(work)) merge_parts(work, value_factor);
         return;
       }
     }
@@ -51,9 +52,10 @@ class ResultWriter {
         lse = -infinity();
       }
       if (__any_sync(~0U, share == 0)) clear_row_if<columns>(sums, i, share == 0);
+      if (share != 0) share *= value_factor;
       auto* const out =
           exists ? static_cast<unsigned short*>(p.out.at(slot, row, place.head)) + first_column() : nullptr;
-      store_row<variant.element, columns>(sums, i, share, out, p.head_dim_v - first_column(), a_.wide_rows);
+      store_row<variant.types.out, columns>(sums, i, share, out, p.head_dim_v - first_column(), a_.wide_rows);
       if (exists && p.lse.data != nullptr && has_first_column()) p.lse.at(slot, place.head, row) = lse;
     }
   }
@@ -107,7 +109,7 @@ class ResultWriter {
   }
 
   /// The warps of the rows' consumers merge their parts, each a row at a time.
-  __device__ void merge_parts(const TileWork& work) const {
+  __device__ void merge_parts(const TileWork& work, float value_factor) const {
     const Problem& p = a_.problem;
     const int slot = p.query_slot(work.sequence);
 #pragma unroll 1
@@ -128,9 +130,11 @@ class ResultWriter {
             return PartWeight{weight.x, weight.y};
           },
           [&](int part) { return a_.parts.sums + partial_row(work, part, row) * variant.head_dim_v; },
-          [&](int column, const float(&sums)[4]) {
-            const unsigned words[2] = {pack<variant.element>(sums[0], sums[1]),
-                                       pack<variant.element>(sums[2], sums[3])};
+          [&](int column, float(&sums)[4]) {
+#pragma unroll
+            for (float& sum : sums) sum *= sum == 0 ? 1 : value_factor;
+            const unsigned words[2] = {pack<variant.types.out>(sums[0], sums[1]),
+                                       pack<variant.types.out>(sums[2], sums[3])};
             if (a_.wide_rows) {
               *reinterpret_cast<uint2*>(out + column) = make_uint2(words[0], words[1]);
               return;

@@ -30,12 +30,16 @@ class RingPlace {
   /// The same place, whose stage is computed anew: for code with few registers.
   __device__ RingPlace again() const { return RingPlace(ptx::known_only_here(static_cast<int>(count_))); }
   __device__ RingPlace before(int count) const { return RingPlace(count_ - count); }
+  /// The place of the same number in another ring.
+  template <int stages_of_other>
+  __device__ RingPlace<stages_of_other> in() const {
+    return RingPlace<stages_of_other>(count_);
+  }
 
   RingPlace() = default;
-
- private:
   __device__ explicit RingPlace(unsigned count) : count_(count) {}
 
+ private:
   unsigned count_ = 0;
 };
 

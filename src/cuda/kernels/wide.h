@@ -50,6 +50,7 @@ class WideConsumer : Consumer<variant> {
   using Consumer<variant>::await;
   using Consumer<variant>::await_queries;
   using Consumer<variant>::begin_of_part;
+  using Consumer<variant>::begin_softmax;
   using Consumer<variant>::find_tile;
   using Consumer<variant>::group_;
   using Consumer<variant>::key_matrix;
@@ -65,7 +66,7 @@ class WideConsumer : Consumer<variant> {
   using Consumer<variant>::work_of;
 
   __device__ void consume(TilePlace tile) {
-    await_queries();
+    await_queries(tile);
     const BlockRange blocks = work_of(tile).blocks;
 #pragma unroll 1
     for (int end = blocks.end; end > blocks.begin;) {
@@ -77,12 +78,11 @@ class WideConsumer : Consumer<variant> {
 
   __device__ void consume_part(TilePlace tile, BlockRange blocks) {
     float sums[columns / 2] = {};
-    OnlineSoftmax softmax(a_.exponent_scale);
+    OnlineSoftmax softmax = begin_softmax(tile);
 
-    bool own = group_ == 0;
 #pragma unroll 1
-    for (int n = blocks.end - 1; n >= blocks.begin; --n, own = !own) {
-      if (own) {
+    for (int n = blocks.end - 1; n >= blocks.begin; --n) {
+      if (next_.is_odd() == (group_ == 1)) {
         add_own(tile, n, softmax, sums);
       } else {
         add_others(tile, n, softmax, sums);
@@ -91,7 +91,7 @@ class WideConsumer : Consumer<variant> {
     }
 
     add_weights_of_other(softmax);
-    results_.write(work_of(tile), blocks.begin, sums, softmax);
+    results_.write(work_of(tile), blocks.begin, sums, softmax, this->value_factor(tile));
   }
 
   /// Scores block n, and adds its weights and weighted values to the sums.
@@ -101,13 +101,13 @@ class WideConsumer : Consumer<variant> {
     unsigned weights[keys / 4];
     await(shared_.k, next_);
     if constexpr (variant.qv) await(shared_.v, next_);
-    start_scores(scores, query_matrix(), key_matrix(),
-                 ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[next_.stage()])));
+    start_scores(scores, query_matrix(tile), key_matrix(),
+                 ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[next_.stage()])), this->scales_of(tile).qk_factor);
     ptx::wgmma_wait<0>();
     ptx::hold(scores);
     release_keys(tile, n);
 
-    this->modify_scores(scores);
+    this->modify_scores(scores, tile);
     this->hide_keys(scores, work_of(tile), n * keys);
     const bool rescales = softmax.template update<keys>(scores, rescale);
     this->round_weights(scores, weights);
@@ -126,8 +126,9 @@ class WideConsumer : Consumer<variant> {
     await(shared_.k, next_);  // every consumer waits for every block: parity tells but the last two apart
     release_keys(tile, n);
     await(shared_.v, next_);
-    shared_.weighed[1 - group_].wait(weighed_parity_);
-    weighed_parity_ ^= 1;
+    // The other consumer's blocks are every other one.
+    // Its barrier's address is not worth a register all along.
+    shared_.weighed[ptx::known_only_here(1 - group_)].wait(next_.template in<2>().parity());
     float rescale[rows_of_thread];
     bool rescales = false;
 #pragma unroll
@@ -140,9 +141,11 @@ class WideConsumer : Consumer<variant> {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < keys / 16; ++step) {
-      ptx::wgmma<variant.element, columns, ptx::Major::mn>(
-          sums, ptx::advance(p, step / 4 * variant.tile_rows() * chunk_row_bytes + step % 4 * 32),
-          ptx::advance(v, step * 16 * chunk_row_bytes), 1);
+      const unsigned p_of_step = ptx::advance(p, step / 4 * variant.tile_rows() * chunk_row_bytes + step % 4 * 32);
+      Consumer<variant>::for_columns([&]<int some, int first_column>() {
+        ptx::wgmma<variant.element(), some, ptx::Major::mn, first_column / 2>(
+            sums, p_of_step, Consumer<variant>::values_of_step(v, step, first_column), 1);
+      });
     }
     ptx::wgmma_commit();
     finish_values(sums);
@@ -204,8 +207,6 @@ class WideConsumer : Consumer<variant> {
     for (int i = 0; i < rows_of_thread; ++i) softmax.set_sum(i, sum_of_row[i] + others[accumulator_row(i)]);
     results_.await_others();  // they have read them, before others take their place
   }
-
-  unsigned weighed_parity_ = 0;  ///< of the block that the other consumer scores next
 };
 
 template <ForwardVariant variant>

@@ -43,9 +43,10 @@ __device__ inline unsigned advance(unsigned matrix, int bytes) { return matrix +
 #define MATE_DESCRIPTOR(name, low) ".reg .b64 " name ";\nmov.b64 " name ", {%" low ", 0x40000040};\n"
 
 // The registers of an accumulator, eight at a time, as operands and in the text of the instruction.
-#define MATE_OUT(i)                                                                                         \
-  "+f"(d[8 * (i)]), "+f"(d[8 * (i) + 1]), "+f"(d[8 * (i) + 2]), "+f"(d[8 * (i) + 3]), "+f"(d[8 * (i) + 4]), \
-      "+f"(d[8 * (i) + 5]), "+f"(d[8 * (i) + 6]), "+f"(d[8 * (i) + 7])
+#define MATE_OUT(i)                                                                                                   \
+  "+f"(d[first + 8 * (i)]), "+f"(d[first + 8 * (i) + 1]), "+f"(d[first + 8 * (i) + 2]), "+f"(d[first + 8 * (i) + 3]), \
+      "+f"(d[first + 8 * (i) + 4]), "+f"(d[first + 8 * (i) + 5]), "+f"(d[first + 8 * (i) + 6]),                       \
+      "+f"(d[first + 8 * (i) + 7])
 #define MATE_OUT_1 MATE_OUT(0)
 #define MATE_OUT_2 MATE_OUT_1, MATE_OUT(1)
 #define MATE_OUT_3 MATE_OUT_2, MATE_OUT(2)
@@ -94,9 +95,10 @@ __device__ inline unsigned advance(unsigned matrix, int bytes) { return matrix +
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_matrix))
 
 /// d (64, n) = a (64, 16) b (n, 16)^T, plus d where `accumulate`: both in shared memory, K-major unless b is MN-major.
-template <ElementType element, int n, Major b_major = Major::k>
-__device__ inline void wgmma(float (&d)[n / 2], unsigned a_matrix, unsigned b_matrix, int accumulate) {
-  static_assert(n % 16 == 0 && n >= 16 && n <= 256);
+/// d is the registers of an accumulator from `first` on.
+template <ElementType element, int n, Major b_major = Major::k, int first = 0, int size>
+__device__ inline void wgmma(float (&d)[size], unsigned a_matrix, unsigned b_matrix, int accumulate) {
+  static_assert(n % 16 == 0 && n >= 16 && n <= 256 && first + n / 2 <= size);
 #define MATE_CASE(size, count, a, b, go, by_n)                         \
   if constexpr (n == size && element == ElementType::bfloat16) {       \
     MATE_WGMMA_SHARED("bf16", size, count, a, b, go, by_n);            \
@@ -122,10 +124,10 @@ __device__ inline void wgmma(float (&d)[n / 2], unsigned a_matrix, unsigned b_ma
 #undef MATE_CASE
 }
 
-/// d (64, n) += a (64, 16) b (16, n): a in registers, b in shared memory, MN-major.
-template <ElementType element, int n>
-__device__ inline void wgmma(float (&d)[n / 2], const unsigned* a, unsigned b_matrix) {
-  static_assert(n % 16 == 0 && n >= 16 && n <= 256);
+/// d (64, n) += a (64, 16) b (16, n): a in registers, b in shared memory, MN-major; d likewise.
+template <ElementType element, int n, int first = 0, int size>
+__device__ inline void wgmma(float (&d)[size], const unsigned* a, unsigned b_matrix) {
+  static_assert(n % 16 == 0 && n >= 16 && n <= 256 && first + n / 2 <= size);
 #define MATE_CASE(size, count, a0, a1, a2, a3, b)                      \
   if constexpr (n == size && element == ElementType::bfloat16) {       \
     MATE_WGMMA_REGISTERS("bf16", size, count, a0, a1, a2, a3, b);      \
