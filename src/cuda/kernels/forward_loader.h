@@ -240,7 +240,7 @@ class ForwardLoader {
       };
       gather.template operator()<variant.head_dim>(tile, p.q, p.head_dim);
       if constexpr (variant.qv) gather.template operator()<variant.head_dim_v>(tile + qv_offset, p.qv, p.head_dim_v);
-      ptx::arrive_after_copies(full);
+      gather_.arrive(full);
     } else if (first_lane()) {
       full.arrive_expecting(a_.tile_rows * variant.q_chunks() * chunk_row_bytes);
       const int row = work.place.first_q + work.first_query;
@@ -303,7 +303,7 @@ class ForwardLoader {
       gather_.template copy<variant.block_keys, padded>(tile, head_dim, [&](int row, int) -> const KeyBits* {
         return row >= begin && row < end ? first + row * rows.row_stride : nullptr;
       });
-      ptx::arrive_after_copies(full);
+      gather_.arrive(full);
       return;
     }
     // Each lane finds rows of its own and hands them to those that copy them.
@@ -318,7 +318,7 @@ class ForwardLoader {
       return reinterpret_cast<const KeyBits*>(
           __shfl_sync(~0U, reinterpret_cast<unsigned long long>(row), row_of_warp % 32));
     });
-    ptx::arrive_after_copies(full);
+    gather_.arrive(full);
   }
 
   template <typename Bits>

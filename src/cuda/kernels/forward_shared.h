@@ -70,8 +70,10 @@ struct ForwardShared {
     k.init(variant.widens() ? wideners : producers, consumer_warps);
     v.init(variant.widens() ? wideners : producers, consumer_warps);
     if constexpr (variant.widens()) {
-      fetched.k.init(producers, wideners);
-      fetched.v.init(producers, wideners);
+      // Each lane arrives for what it has read itself, where threads will write in its place.
+      constexpr int readers = variant.gather ? 32 * wideners : wideners;
+      fetched.k.init(producers, readers);
+      fetched.v.init(producers, readers);
     }
     work.init(1, 32 * (variant.loader_warps() + wideners + consumer_warps));
     begun.init(1);

@@ -67,16 +67,27 @@ struct Pointee<const Element*> {
 };
 
 /// Fetches tiles row by row, by `warps` warps together, whatever the alignment of rows. Nobody waits for the copies but
-/// who waits for the tile's barrier, at which they arrive: ptx::arrive_after_copies().
+/// who waits for the tile's barrier, at which they arrive().
 template <int warps>
 class GatherLoader {
   /// A warp takes groups of rows in turns.
   static constexpr int group = 8;
+  /// Smaller pieces are written as others are.
+  static constexpr int smallest_async = 4;
 
  public:
   /// Rows are copied in pieces of `copy_bytes`.
   __device__ GatherLoader(unsigned thread, int copy_bytes)
       : warp_(thread / 32), lane_(thread % 32), copy_bytes_(copy_bytes) {}
+
+  /// Arrives at the barrier when what this thread has copied before is there.
+  __device__ void arrive(ptx::Mbarrier& full) const {
+    if (copy_bytes_ >= smallest_async) {
+      ptx::arrive_after_copies(full);
+    } else {
+      full.arrive();
+    }
+  }
 
   /// Rows of a tile of so many that each warp takes, at most, and which row of the tile the i-th of them is.
   template <int rows>
@@ -152,8 +163,8 @@ class GatherLoader {
         if (column >= padded) break;
         unsigned char* const target = tile + byte_offset<rows>(row, column * sizeof(Element));
         const bool inside = source != nullptr && column < head_dim;
-        if (copy_bytes_ == 4) {
-          ptx::copy_async<4>(ptx::shared_address(target), source + column, inside);
+        if (copy_bytes_ == smallest_async) {
+          ptx::copy_async<smallest_async>(ptx::shared_address(target), source + column, inside);
         } else {
           unsigned word = 0;
 #pragma unroll
@@ -165,7 +176,6 @@ class GatherLoader {
         }
       }
     }
-    __threadfence_block();  // an arrival that follows copies publishes copies alone
   }
 
   unsigned warp_;

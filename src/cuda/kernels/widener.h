@@ -82,7 +82,11 @@ class Widener {
       return is_needed(row) ? narrow : uint4{};
     });
     announce(widened.full[to.stage()]);
-    release(fetched.empty[from.stage()]);
+    if (variant.gather) {
+      fetched.empty[from.stage()].arrive();
+    } else {
+      release(fetched.empty[from.stage()]);
+    }
   }
 
   __device__ void widen_queries(const TileWork& work) {
