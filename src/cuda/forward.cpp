@@ -66,7 +66,7 @@ bool encode(TensorMap& map, const Rows& rows, int head_dim, std::span<const Dime
 }
 
 /// Describes the tensors to the copy engine. False where it cannot read one of them.
-bool encode_maps(const Problem& p, ForwardArguments& arguments) {
+bool encode_maps(const Problem& p, const ForwardVariant& variant, ForwardArguments& arguments) {
   const int pack = arguments.pack;
   const auto encode_queries = [&](TensorMap& map, const Rows& rows, int head_dim) {
     const Dimension dimensions[] = {{pack, rows.head_stride, pack},
@@ -75,7 +75,7 @@ bool encode_maps(const Problem& p, ForwardArguments& arguments) {
                                     {p.query_slots(), rows.slot_stride, 1}};
     return encode(map, rows, head_dim, dimensions);
   };
-  if (p.q.type != ElementType::float8_e4m3) {  // that is for the wideners to fetch
+  if (!variant.widens_queries()) {  // else they fetch them
     if (!encode_queries(arguments.q, p.q, p.head_dim)) return false;
     if (p.qv.given() && !encode_queries(arguments.qv, p.qv, p.head_dim_v)) return false;
   }
@@ -148,12 +148,16 @@ std::int64_t key_capacity(const Problem& p) {
 /// Keys of the longest sequence, as far as the host knows.
 int most_keys(const Problem& p) { return static_cast<int>(std::min<std::int64_t>(key_capacity(p), p.max_seqlen_k)); }
 
+/// Packed rows of the longest sequence, where all heads of a group are packed.
+std::int64_t most_packed_rows(const Problem& p) {
+  return std::int64_t{most_rows(p)} * (p.pack_gqa == 0 ? 1 : p.group());
+}
+
 /// Whether all packed rows of any sequence fit one consumer: decoding, mostly. Where some rows of ragged sequences are
 /// not used, only the device knows how many there are to be cleared.
 bool has_few_rows(const Problem& p) {
   if (p.ragged_queries() && p.queries.seqused.given()) return false;
-  const int pack = p.pack_gqa == 0 ? 1 : p.group();
-  return std::int64_t{most_rows(p)} * pack <= 64;
+  return most_packed_rows(p) <= 64;
 }
 
 /// Whether a batch-invariant call may cut a sequence. How many rows ragged and padded ones have only the device knows.
@@ -200,6 +204,8 @@ VariantChoice choose(const Problem& p, int multiprocessors) {
   VariantChoice choice{p.head_dim, p.head_dim_v, {p.q.type, p.k.type, p.out.type}, scores_of(p)};
   choice.few_rows = has_few_rows(p);
   choice.alike = p.batch_invariant;
+  if (choice.few_rows)
+    choice.stream_rows = stream_rows_for(choice.types, p.head_dim, p.head_dim_v, most_packed_rows(p));
   const bool diagonal = p.mask.right >= 0 || p.mask.chunk > 0;
   choice.narrow = diagonal || most_keys(p) <= few_keys;
   choice.qv = p.qv.given();
@@ -279,7 +285,7 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
     arguments.tile_rows = variant.tiling(arguments.pack).tile_rows;
     arguments.box_keys = choose_box(p.keys, variant.block_keys);
     if (arguments.box_keys > 0) arguments.boxes = variant.block_keys / arguments.box_keys;
-    return gather || (arguments.box_keys > 0 && encode_maps(p, arguments));
+    return gather || (arguments.box_keys > 0 && encode_maps(p, variant, arguments));
   };
   if (inputs.bytes() < 16 || !settle(false)) settle(true);
   inputs.add(p.head_dim * bytes_of(p.k.type));

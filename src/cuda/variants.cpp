@@ -11,6 +11,7 @@ namespace mate::cuda {
 namespace {
 
 constexpr int largest_narrow_head_dim = 256;
+constexpr int largest_stream_rows = 16;
 constexpr int widest_block_keys = 176;
 constexpr int most_stages = 8;
 constexpr int most_wide_stages = 4;
@@ -92,6 +93,26 @@ void set_wide_tiles(ForwardVariant& variant, const VariantChoice& choice) {
   fetch_further_ahead(variant);
 }
 
+/// A head size as the kernel of stream.h takes it: lanes take columns of keys by 64, of values by 64 or by 128.
+int stream_columns(int head_dim) { return round_up(head_dim, 64); }
+int stream_columns_v(int head_dim) { return head_dim <= 64 ? 64 : round_up(head_dim, 128); }
+
+/// Blocks that are worth a round of loading: what is done for each costs as long as reading some kilobytes takes.
+void set_stream_tiles(ForwardVariant& variant, const VariantChoice& choice) {
+  constexpr int most_stage_bytes = 32 * 1024;
+  variant.stream_rows = choice.stream_rows;
+  variant.head_dim = stream_columns(choice.head_dim);
+  variant.head_dim_v = stream_columns_v(choice.head_dim_v);
+  variant.q_stages = 2;
+  variant.stages = 2;
+  variant.block_keys = 128;
+  while (variant.k_bytes() + variant.v_bytes() > most_stage_bytes) variant.block_keys /= 2;
+  // A warp has 16 keys of a block, or more where loaders need the other warps.
+  variant.warpgroups = variant.gather || variant.block_keys < 128 ? 1 : 2;
+  const int left = most_shared_bytes - variant.shared_bytes();
+  variant.stages = std::min(variant.stages + left / (variant.k_bytes() + variant.v_bytes()), most_stages);
+}
+
 const char* name_of(ElementType type) {
   switch (type) {
     case ElementType::float32:
@@ -127,6 +148,15 @@ const char* name_of(Scores scores) {
 
 }  // namespace
 
+int stream_rows_for(const TensorTypes& types, int head_dim, int head_dim_v, std::int64_t rows) {
+  constexpr int most_sums = 2048;  // of a warp
+  if (types.key != ElementType::float8_e4m3 || std::max(head_dim, head_dim_v) > largest_narrow_head_dim) return 0;
+  for (const int tile_rows : {8, largest_stream_rows}) {
+    if (rows <= tile_rows && tile_rows * stream_columns_v(head_dim_v) <= most_sums) return tile_rows;
+  }
+  return 0;
+}
+
 ForwardVariant choose_variant(const VariantChoice& choice) {
   ForwardVariant variant;
   variant.types = choice.types;
@@ -135,6 +165,10 @@ ForwardVariant choose_variant(const VariantChoice& choice) {
   variant.splits = choice.splits;
   if (choice.qv || std::max(choice.head_dim, choice.head_dim_v) > largest_narrow_head_dim) {
     set_wide_tiles(variant, choice);
+    return variant;
+  }
+  if (choice.stream_rows > 0 && !choice.alike) {
+    set_stream_tiles(variant, choice);
     return variant;
   }
   variant.head_dim = round_up(choice.head_dim, 16);
@@ -186,6 +220,7 @@ std::uint64_t key_of(const ForwardVariant& v) {
   append(v.gather, 1);
   append(v.splits, 1);
   append(v.wide, 1);
+  append(v.stream_rows, 5);
   append(v.qv, 1);
   return key;
 }
@@ -193,23 +228,23 @@ std::uint64_t key_of(const ForwardVariant& v) {
 KernelSource source_of(const ForwardVariant& v) {
   const auto flag = [](bool value) { return value ? "true" : "false"; };
   KernelSource source;
-  const char* const kernel = v.wide ? "wide" : "forward";
+  const char* const kernel = v.stream() ? "stream" : v.wide ? "wide" : "forward";
   source.name =
       join(kernel, "_", name_of(v.types), "_d", v.head_dim, "_v", v.head_dim_v, v.qv ? "_qv" : "", "_rows",
            v.tile_rows(), "_keys", v.block_keys, v.scores == Scores::products ? "" : join("_", name_of(v.scores)),
            v.gather ? "_gather" : "", v.splits ? "_splits" : "");
-  source.text =
-      join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
-           source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
-           "  constexpr mate::cuda::ForwardVariant variant{\n",
-           "      .types = {mate::ElementType::", name_of(v.types.query), ", mate::ElementType::", name_of(v.types.key),
-           ", mate::ElementType::", name_of(v.types.out), "},\n", "      .head_dim = ", v.head_dim, ",\n",
-           "      .head_dim_v = ", v.head_dim_v, ",\n", "      .warpgroups = ", v.warpgroups, ",\n",
-           "      .block_keys = ", v.block_keys, ",\n", "      .stages = ", v.stages, ",\n",
-           "      .fetched_stages = ", v.fetched_stages, ",\n", "      .q_stages = ", v.q_stages, ",\n",
-           "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n", "      .gather = ", flag(v.gather), ",\n",
-           "      .splits = ", flag(v.splits), ",\n", "      .wide = ", flag(v.wide), ",\n", "      .qv = ", flag(v.qv),
-           "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
+  source.text = join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(),
+                     ", 1)\n", source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
+                     "  constexpr mate::cuda::ForwardVariant variant{\n",
+                     "      .types = {mate::ElementType::", name_of(v.types.query),
+                     ", mate::ElementType::", name_of(v.types.key), ", mate::ElementType::", name_of(v.types.out),
+                     "},\n", "      .head_dim = ", v.head_dim, ",\n", "      .head_dim_v = ", v.head_dim_v, ",\n",
+                     "      .warpgroups = ", v.warpgroups, ",\n", "      .block_keys = ", v.block_keys, ",\n",
+                     "      .stages = ", v.stages, ",\n", "      .fetched_stages = ", v.fetched_stages, ",\n",
+                     "      .q_stages = ", v.q_stages, ",\n", "      .scores = mate::cuda::Scores::", name_of(v.scores),
+                     ",\n", "      .gather = ", flag(v.gather), ",\n", "      .splits = ", flag(v.splits), ",\n",
+                     "      .wide = ", flag(v.wide), ",\n", "      .stream_rows = ", v.stream_rows, ",\n",
+                     "      .qv = ", flag(v.qv), "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
   source.shared_bytes = v.shared_bytes();
   return source;
 }
@@ -252,8 +287,11 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
     choice.qv = qv;
     bool* const flags[] = {&choice.gather, &choice.splits, &choice.few_rows, &choice.narrow, &choice.alike};
     for (int i = 0; i < 5; ++i) *flags[i] = (choices >> i & 1) != 0;
-    const KernelSource source = source_of(choose_variant(choice));
-    if (names.insert(source.name).second) sources.push_back(source);
+    for (const int rows : {largest_stream_rows + 1, largest_stream_rows, 1}) {
+      choice.stream_rows = choice.few_rows ? stream_rows_for(types, head_dim, head_dim_v, rows) : 0;
+      const KernelSource source = source_of(choose_variant(choice));
+      if (names.insert(source.name).second) sources.push_back(source);
+    }
   }
   sources.push_back(scheduler_metadata_source(
       choose_variant({.head_dim = head_dim, .head_dim_v = head_dim_v, .types = types, .splits = true, .qv = qv})

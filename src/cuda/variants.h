@@ -18,11 +18,16 @@ struct VariantChoice {
   bool gather = false;
   bool splits = false;
   bool few_rows = false;  ///< no sequence has more packed rows than a consumer
+  int stream_rows = 0;    ///< nor more than so many, which the kernel of stream.h may take; 0: they have
   bool narrow =
       false;           ///< a block of keys is as wide as a tile is high: one lies on the diagonal, and few keys fill it
   bool alike = false;  ///< blocks are of one width whatever else is chosen, so that bits do not depend on it
   bool qv = false;     ///< there are queries of values
 };
+
+/// How many packed rows of each sequence the kernel of stream.h takes for tensors of these types and head sizes, if
+/// they are not more than `rows`: 0 where it takes none.
+int stream_rows_for(const TensorTypes& types, int head_dim, int head_dim_v, std::int64_t rows);
 
 /// The largest tiles that registers and shared memory hold.
 ForwardVariant choose_variant(const VariantChoice& choice);

@@ -31,12 +31,18 @@ __device__ inline void combine(const CombineProblem& p) {
     const float* const lse_of_part = &p.partial_lse.at(b, head, row);
     const auto* const sums_of_part = static_cast<const float*>(p.partial.at(b, row, head));
     void* const out = p.out.at(b, row, head);
-    const float lse = merge_row<float, false>(
-        p.splits, -infinity(), p.head_dim_v,
+    float lse = 0;
+    merge_row<float, false>(
+        p.splits, p.head_dim_v,
         [&](int part) {
           return PartWeight{lse_of_part[part * p.lse_split_stride] * log2_of_e, 1};
         },
-        [&](int part) { return sums_of_part + part * p.partial_split_stride; },
+        [&](int part, int column) { return __ldcg(sums_of_part + part * p.partial_split_stride + column); },
+        [&](PartWeight all) {
+          float share;
+          lse = finish_softmax(all.max, all.sum, -infinity(), share);
+          return share;
+        },
         [&](int column, const float(&sum)[1]) { narrow(sum[0], out, column, p.out.type); });
     if (p.lse.data != nullptr && threadIdx.x % 32 == 0) p.lse.at(b, head, row) = lse;
   }

@@ -31,10 +31,10 @@ class Consumer {
   __device__ const TileWork& work_of(TilePlace tile) const { return shared_.works[tile.stage()]; }
 
   __device__ const TileScales& scales_of(TilePlace tile) const {
-    return shared_.scales[variant.widens() ? tile.stage() : 0];
+    return shared_.scales[variant.scaled() ? tile.stage() : 0];
   }
   /// What a tile's sums of values are to be multiplied by.
-  __device__ float value_factor(TilePlace tile) const { return variant.widens() ? scales_of(tile).value_factor : 1; }
+  __device__ float value_factor(TilePlace tile) const { return variant.scaled() ? scales_of(tile).value_factor : 1; }
 
   /// Waits for a tile. False where there are no more.
   __device__ bool find_tile(TilePlace tile) {
@@ -42,7 +42,7 @@ class Consumer {
     const TileWork& work = work_of(tile);
     if (work.sequence < 0) return false;
     if (!variant.splits && group_ == 0 && threadIdx.x % 128 == 0) shared_.begun.arrive();
-    find_visible(work);
+    if constexpr (!variant.stream()) find_visible(work);
     return true;
   }
 
@@ -139,18 +139,18 @@ class Consumer {
   /// What the call does to a product of a query and a key before it is compared with others.
   template <int count>
   __device__ void modify_scores(float (&scores)[count], TilePlace tile) const {
-    const float factor = variant.widens() ? scales_of(tile).score_factor : a_.score_factor;
+    const float factor = variant.scaled() ? scales_of(tile).score_factor : a_.score_factor;
     if constexpr (variant.scores == Scores::capped) {
 #pragma unroll
       for (int i = 0; i < count; ++i) scores[i] = tanh_accurately(scores[i] * factor);
-    } else if (variant.scores == Scores::scaled || (variant.widens() && factor != 1)) {
+    } else if (variant.scores == Scores::scaled || (variant.scaled() && factor != 1)) {
 #pragma unroll
       for (int i = 0; i < count; ++i) scores[i] *= factor;
     }
   }
 
   __device__ OnlineSoftmax begin_softmax(TilePlace tile) const {
-    return OnlineSoftmax(variant.widens() ? scales_of(tile).exponent_scale : a_.exponent_scale);
+    return OnlineSoftmax(variant.scaled() ? scales_of(tile).exponent_scale : a_.exponent_scale);
   }
 
   /// Hides from each row of scores the keys, from `first_key` on, that it does not see.
@@ -177,7 +177,7 @@ class Consumer {
   __device__ static void await(RingBarriers<stages>& ring, RingPlace<stages> place) {
     ring.full[place.stage()].wait(place.parity());
     // The copy engine writes where products read; threads that copy do not.
-    if constexpr (variant.gather) ptx::fence_proxy_async();
+    if constexpr (variant.gather && !variant.stream()) ptx::fence_proxy_async();
   }
   __device__ void await_queries(TilePlace tile) const { await(shared_.q, queries_of(tile)); }
 

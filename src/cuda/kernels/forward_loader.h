@@ -25,7 +25,7 @@ class ForwardLoader {
       found = load(shared_.works[work_.stage()], blocks);
       shared_.work.empty[work_.again().stage()].arrive();
     }
-    if (!variant.wide && !variant.widens() && loads_keys()) announce_no_more();
+    if (!variant.wide && !variant.stream() && !variant.widens() && loads_keys()) announce_no_more();
   }
 
  private:
@@ -270,7 +270,7 @@ class ForwardLoader {
     if constexpr (variant.gather) {
       gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile, full);
     } else {
-      const bool clears = !variant.widens() && fetches_unseen(work, n);
+      const bool clears = !variant.widens() && !variant.stream() && fetches_unseen(work, n);
       fetch<variant.head_dim_v>(reads_once(work), tile, a_.v, clears ? shared_.v_fetched : full, v_bytes, work.head_k,
                                 places);
       if (clears) clear_unseen(work, n, tile, full);

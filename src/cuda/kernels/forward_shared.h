@@ -37,6 +37,16 @@ struct FetchedRings<variant, true> {
   RingBarriers<variant.fetched_stages> k, v;
 };
 
+/// Results of warps with keys of their own, until they are merged.
+template <ForwardVariant variant, bool needed = variant.stream()>
+struct WarpResults {};
+
+template <ForwardVariant variant>
+struct WarpResults<variant, true> {
+  alignas(16) float sums[variant.stream_warps()][variant.tile_rows()][variant.sums_pitch()];
+  float2 weights[variant.stream_warps()][variant.tile_rows()];  ///< see OnlineSoftmax::partial()
+};
+
 template <ForwardVariant variant>
 struct ForwardShared {
   static constexpr int work_stages = 4;
@@ -46,9 +56,11 @@ struct ForwardShared {
   TileBuffer<variant.v_bytes()> v_tiles[variant.stages];
   [[no_unique_address]] FetchedTiles<variant> fetched_tiles;
   [[no_unique_address]] SharedWeights<variant> weights;
+  [[no_unique_address]] WarpResults<variant> warp_results;
   alignas(16) TileWork works[work_stages];
-  TileScales scales[variant.widens() ? work_stages : 1];  ///< of these, where keys are e4m3
-  KeyRange visible[64 * variant.warpgroups];  ///< to each row of each consumer, where some of its keys are hidden
+  TileScales scales[variant.scaled() ? work_stages : 1];             ///< of these, where keys are e4m3
+  KeyRange visible[variant.stream() ? 1 : 64 * variant.warpgroups];  ///< to each row of each consumer, where some of
+                                                                     ///< its keys are hidden
   // Of rows, by each of the consumers that have them in common: what its weights are relative to, and their sums.
   float references[variant.wide ? 64 * variant.warpgroups : 1];
   float weight_sums[variant.wide ? 64 * variant.warpgroups : 1];
@@ -66,11 +78,12 @@ struct ForwardShared {
     constexpr int producers = variant.gather ? variant.loader_warps() * 32 : 1;
     constexpr int consumer_warps = 4 * variant.warpgroups;
     constexpr int wideners = variant.widener_warps();
-    q.init(variant.widens_queries() ? wideners : producers, consumer_warps);
-    k.init(variant.widens() ? wideners : producers, consumer_warps);
-    v.init(variant.widens() ? wideners : producers, consumer_warps);
+    // Where threads write what others read as threads do, each lane arrives for what it has read itself.
+    constexpr int block_consumers = consumer_warps * (variant.stream() && variant.gather ? 32 : 1);
+    q.init(variant.widens_queries() ? wideners : producers, block_consumers);
+    k.init(variant.widens() ? wideners : producers, block_consumers);
+    v.init(variant.widens() ? wideners : producers, block_consumers);
     if constexpr (variant.widens()) {
-      // Each lane arrives for what it has read itself, where threads will write in its place.
       constexpr int readers = variant.gather ? 32 * wideners : wideners;
       fetched.k.init(producers, readers);
       fetched.v.init(producers, readers);

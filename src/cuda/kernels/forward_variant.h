@@ -47,31 +47,35 @@ struct ForwardVariant {
   Scores scores = Scores::products;
   bool gather = false;  ///< rows are loaded one by one, whatever their alignment; else by tensor maps
   bool splits = false;  ///< the keys of a tile are shared out among blocks of threads
-  bool wide = false;    ///< the kernel of wide.h, else that of forward.h
+  bool wide = false;    ///< the kernel of wide.h
+  int stream_rows = 0;  ///< rows of a tile of the kernel of stream.h; 0: another kernel, that of forward.h or wide.h
   bool qv = false;      ///< scores are of values too (wide)
 
+  constexpr bool stream() const { return stream_rows > 0; }
   /// Whether all query rows of a unit of heads, in any sequence, are one tile: decoding.
-  constexpr bool one_tile() const { return !wide && warpgroups == 1; }
+  constexpr bool one_tile() const { return stream() || (!wide && warpgroups == 1); }
   /// Parts of a tile, of 64 rows each, that consumers are done with at times of their own.
-  constexpr int row_groups() const { return wide ? 1 : warpgroups; }
+  constexpr int row_groups() const { return wide || stream() ? 1 : warpgroups; }
   /// Consumers of the same rows.
   constexpr int consumers_of_row() const { return warpgroups / row_groups(); }
   /// Columns of values that a consumer sums up.
-  constexpr int consumer_columns() const { return head_dim_v / consumers_of_row(); }
+  constexpr int consumer_columns() const { return stream() ? head_dim_v : head_dim_v / consumers_of_row(); }
   /// Rows that there is room for. A tile holds whole queries, of `pack` rows each.
-  constexpr int tile_rows() const { return 64 * row_groups(); }
+  constexpr int tile_rows() const { return stream() ? stream_rows : 64 * row_groups(); }
   constexpr Tiling tiling(int pack) const { return {tile_rows() / pack * pack, block_keys, pack}; }
   /// What is multiplied.
-  constexpr ElementType element() const { return types.product(); }
+  constexpr ElementType element() const { return stream() ? ElementType::float16 : types.product(); }
+  /// Keys and values are e4m3: tensors that come with scales.
+  constexpr bool scaled() const { return types.key == ElementType::float8_e4m3; }
   /// Keys and values, and queries, are e4m3, which is widened in shared memory.
-  constexpr bool widens() const { return types.key == ElementType::float8_e4m3; }
-  constexpr bool widens_queries() const { return types.query == ElementType::float8_e4m3; }
-  /// One consumer, which may wait for nothing but memory: its producers are the more.
-  constexpr bool streams() const { return warpgroups == 1; }
+  constexpr bool widens() const { return scaled() && !stream(); }
+  constexpr bool widens_queries() const { return types.query == ElementType::float8_e4m3 && !stream(); }
+  /// One consumer, which may wait for nothing but memory: producers are the more.
+  constexpr bool awaits_memory() const { return warpgroups == 1; }
   /// Of the scheduler, the loaders and the wideners.
   constexpr int producer_warpgroups() const {
-    if (widens()) return streams() ? 3 : wide ? 2 : 1;
-    return gather && streams() ? 2 : 1;
+    if (widens()) return awaits_memory() ? 3 : wide ? 2 : 1;
+    return gather && awaits_memory() ? 2 : 1;
   }
   /// They are the last warps of the producers.
   constexpr int widener_warps() const {
@@ -84,22 +88,35 @@ struct ForwardVariant {
     return gather || rest < 2 ? rest : 2;
   }
   constexpr int threads() const { return 128 * (warpgroups + producer_warpgroups()); }
+  // Bytes of an element in tiles that consumers take.
+  constexpr int query_bytes() const { return stream() ? bytes_of(types.query) : 2; }
+  constexpr int key_bytes() const { return stream() ? bytes_of(types.key) : 2; }
   /// Of a row of q and, behind it, qv.
-  constexpr int q_chunks() const { return chunks_of(head_dim) + (qv ? chunks_of(head_dim_v) : 0); }
+  constexpr int q_chunks() const {
+    return chunks_of(head_dim, query_bytes()) + (qv ? chunks_of(head_dim_v, query_bytes()) : 0);
+  }
   constexpr int q_bytes() const { return tile_rows() * q_chunks() * chunk_row_bytes; }
-  constexpr int k_bytes() const { return block_keys * chunks_of(head_dim) * chunk_row_bytes; }
-  constexpr int v_bytes() const { return block_keys * chunks_of(head_dim_v) * chunk_row_bytes; }
+  constexpr int k_bytes() const { return block_keys * chunks_of(head_dim, key_bytes()) * chunk_row_bytes; }
+  constexpr int v_bytes() const { return block_keys * chunks_of(head_dim_v, key_bytes()) * chunk_row_bytes; }
   /// Of blocks before they are widened.
   constexpr int fetched_k_bytes() const { return block_keys * chunks_of(head_dim, 1) * chunk_row_bytes; }
   constexpr int fetched_v_bytes() const { return block_keys * chunks_of(head_dim_v, 1) * chunk_row_bytes; }
   constexpr int fetched_bytes() const { return fetched_stages * (fetched_k_bytes() + fetched_v_bytes()); }
   /// Of weights, where consumers have them in common.
   constexpr int p_bytes() const { return wide ? tile_rows() * chunks_of(block_keys) * chunk_row_bytes : 0; }
+  /// Warps that each have keys of a block, and sums, of their own.
+  constexpr int stream_warps() const { return 4 * warpgroups; }
+  /// Of a row of a warp's sums in shared memory: rows begin in different banks.
+  constexpr int sums_pitch() const { return head_dim_v + 4; }
+  constexpr int warp_sums_bytes() const {
+    return stream() ? stream_warps() * tile_rows() * sums_pitch() * static_cast<int>(sizeof(float)) : 0;
+  }
   /// Beside the tiles: barriers, what the scheduler says of a tile, and what its rows see.
   constexpr int other_shared_bytes() const { return wide && widens() ? 4096 : 3072; }
   constexpr int tile_bytes() const { return most_shared_bytes - other_shared_bytes(); }
   constexpr int shared_bytes() const {
-    return q_stages * q_bytes() + stages * (k_bytes() + v_bytes()) + fetched_bytes() + p_bytes() + other_shared_bytes();
+    return q_stages * q_bytes() + stages * (k_bytes() + v_bytes()) + fetched_bytes() + p_bytes() + warp_sums_bytes() +
+           other_shared_bytes();
   }
   // Registers of a thread. A block starts with as many for all its threads; what the producers give up the consumers
   // take. With one consumer there are enough for all.

@@ -47,9 +47,9 @@ __device__ inline unsigned byte_offset(unsigned row, unsigned byte) {
 }
 
 /// A warp clears rows begin .. end of a tile.
-template <int rows>
+template <int rows, int element_bytes = 2>
 __device__ inline void clear_rows(unsigned char* tile, int head_dim, int begin, int end) {
-  const int pieces = chunks_of(head_dim) * 8;
+  const int pieces = chunks_of(head_dim, element_bytes) * 8;
   // This is rare: what follows from the lane had better not be kept in registers all along.
   const int lane = ptx::known_only_here(threadIdx.x % 32);
 #pragma unroll 1

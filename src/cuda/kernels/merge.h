@@ -24,12 +24,13 @@ __device__ inline float warp_sum(float x) {
 
 /// A warp merges `parts` parts of a row of `width` sums, in their order, and hands columns to store(column, sums), as
 /// many as `Columns` has: float, or float4 where rows are aligned to it and have room for a multiple of it.
-/// weight_of(j) is a PartWeight, and sums_of(j) points to the sums. Where all of them are `written` they are asked for
-/// at once, weights or not: much of what a short call takes is waiting for them. Returns the log-sum-exp. `sink` is a
-/// natural logarithm, -inf where there is none.
-template <typename Columns, bool written, typename WeightOf, typename SumsOf, typename Store>
-__device__ inline float merge_row(int parts, float sink, int width, const WeightOf& weight_of, const SumsOf& sums_of,
-                                  const Store& store) {
+/// weight_of(j) is a PartWeight, and read(j, column) are columns of sums. Where all of them are `written` they are
+/// asked for at once, weights or not: much of what a short call takes is waiting for them. finish(weight) is given that
+/// of all parts together, and says what the sums are to be multiplied by: 0 where they are to become 0, whatever they
+/// are.
+template <typename Columns, bool written, typename WeightOf, typename Read, typename Finish, typename Store>
+__device__ inline void merge_row(int parts, int width, const WeightOf& weight_of, const Read& read,
+                                 const Finish& finish, const Store& store) {
   constexpr int at_once = 16;
   constexpr int columns = sizeof(Columns) / sizeof(float);
   const PartWeight nothing{-infinity(), 0};
@@ -43,7 +44,7 @@ __device__ inline float merge_row(int parts, float sink, int width, const Weight
       const bool needed = written || __shfl_sync(~0U, mine.max, part % 32) != -infinity();
       loaded[j] = {};
       if (part < parts && column < width && needed) {
-        loaded[j] = __ldcg(reinterpret_cast<const Columns*>(sums_of(part) + column));
+        loaded[j] = read(part, column);
       }
     }
   };
@@ -61,8 +62,7 @@ __device__ inline float merge_row(int parts, float sink, int width, const Weight
     const PartWeight weight = weight_of(j);
     sum += weight.sum * exp2_approximately(weight.max - base);
   }
-  float share;
-  const float lse = finish_softmax(base, warp_sum(sum), sink, share);
+  const float share = finish(PartWeight{max, warp_sum(sum)});
 
 #pragma unroll 1
   for (int column = lane * columns; column - lane * columns < width; column += 32 * columns) {
@@ -89,7 +89,6 @@ __device__ inline float merge_row(int parts, float sink, int width, const Weight
     }
     if (column < width) store(column, total);
   }
-  return lse;
 }
 
 }  // namespace mate::cuda

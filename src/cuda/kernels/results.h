@@ -60,14 +60,31 @@ class ResultWriter {
     }
   }
 
+  /// The same of a tile of which each of `warps` warps has seen some of the keys: their sums are merged as those of
+  /// parts are, which see merge_to_out().
+  template <typename WeightOf, typename Read>
+  __device__ void write_merged(const TileWork& work, int begin, int warps, float value_factor,
+                               const WeightOf& weight_of, const Read& read) const {
+    if constexpr (variant.splits) {
+      if (work.parts.count > 1) {
+        merge_to_part(work, work.part_at(a_.cut, begin), warps, weight_of, read);
+        if (begin == work.blocks.begin && are_all_done(work)) merge_parts(work, value_factor);
+        return;
+      }
+    }
+    merge_to_out(work, warps, value_factor, weight_of, read);
+  }
+
   /// Waits for the other threads of the rows' consumers.
   __device__ void await_others() const { ptx::barrier_sync(first_row_group_barrier + group(), threads); }
 
  private:
-  static constexpr int threads = 128 * variant.consumers_of_row();  // of the consumers of a row
+  static constexpr int threads = 128 * variant.consumers_of_row();         // of the consumers of a row
+  static constexpr int rows = variant.tile_rows() / variant.row_groups();  // that they have
+  __device__ int first_row() const { return group() * rows; }
 
   /// Its group of rows, and the first of its columns.
-  __device__ int group() const { return variant.wide ? 0 : consumer_; }
+  __device__ int group() const { return variant.row_groups() == 1 ? 0 : consumer_; }
   __device__ int first_column() const { return variant.wide ? consumer_ * columns : 0; }
   /// Whether this thread has the first column of its rows.
   __device__ bool has_first_column() const { return first_column() + accumulator_column() == 0; }
@@ -77,6 +94,10 @@ class ResultWriter {
     return static_cast<long long>(work.parts.slot(part)) * a_.parts.rows + row;
   }
 
+  __device__ float* sums_of_part(long long row) const { return a_.parts.sums + row * variant.head_dim_v; }
+  /// The exponent that they are relative to, and their sum.
+  __device__ float2* weight_of_part(long long row) const { return reinterpret_cast<float2*>(a_.parts.weights) + row; }
+
   __device__ void store_part(const TileWork& work, int part, Sums sums, const OnlineSoftmax& softmax) const {
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
@@ -84,12 +105,12 @@ class ResultWriter {
       const float2 weight = softmax.partial(i);
       if (place_of(a_, work, row).query >= work.used) continue;
       const long long at = partial_row(work, part, row);
-      float* const target = a_.parts.sums + at * variant.head_dim_v + first_column() + accumulator_column();
+      float* const target = sums_of_part(at) + first_column() + accumulator_column();
 #pragma unroll
       for (int j = 0; j < columns / 8; ++j) {
         *reinterpret_cast<float2*>(target + 8 * j) = make_float2(sums[4 * j + 2 * i], sums[4 * j + 2 * i + 1]);
       }
-      if (has_first_column()) reinterpret_cast<float2*>(a_.parts.weights)[at] = weight;
+      if (has_first_column()) *weight_of_part(at) = weight;
     }
   }
 
@@ -110,10 +131,46 @@ class ResultWriter {
 
   /// The warps of the rows' consumers merge their parts, each a row at a time.
   __device__ void merge_parts(const TileWork& work, float value_factor) const {
+    merge_to_out(
+        work, work.parts.count, value_factor,
+        [&](int part, int row) {
+          const float2 weight = __ldcg(weight_of_part(partial_row(work, part, row)));
+          return PartWeight{weight.x, weight.y};
+        },
+        [&](int part, int row, int column) {
+          return __ldcg(reinterpret_cast<const float4*>(sums_of_part(partial_row(work, part, row)) + column));
+        });
+  }
+
+  /// Merges what each of `warps` warps has seen into a part.
+  template <typename WeightOf, typename Read>
+  __device__ void merge_to_part(const TileWork& work, int part, int warps, const WeightOf& weight_of,
+                                const Read& read) const {
+#pragma unroll 1
+    for (int row = first_row() + thread() / 32; row < first_row() + rows; row += threads / 32) {
+      if (place_of(a_, work, row).query >= work.used) continue;
+      const long long at = partial_row(work, part, row);
+      merge_row<float4, true>(
+          warps, a_.problem.head_dim_v, [&](int warp) { return weight_of(warp, row); },
+          [&](int warp, int column) { return read(warp, row, column); },
+          [&](PartWeight all) {
+            if (first_lane()) *weight_of_part(at) = make_float2(all.max, all.sum);
+            return 1.0F;
+          },
+          [&](int column, const float(&sums)[4]) {
+            *reinterpret_cast<float4*>(sums_of_part(at) + column) = make_float4(sums[0], sums[1], sums[2], sums[3]);
+          });
+    }
+  }
+
+  /// The same of `count` parts whose row r has weight_of(part, r), and sums read(part, r, column), four at a time.
+  template <typename WeightOf, typename Read>
+  __device__ void merge_to_out(const TileWork& work, int count, float value_factor, const WeightOf& weight_of,
+                               const Read& read) const {
     const Problem& p = a_.problem;
     const int slot = p.query_slot(work.sequence);
 #pragma unroll 1
-    for (int row = group() * 64 + thread() / 32; row < group() * 64 + 64; row += threads / 32) {
+    for (int row = first_row() + thread() / 32; row < first_row() + rows; row += threads / 32) {
       const RowPlace place = place_of(a_, work, row);
       if (place.query >= work.capacity) return;
       const long long out_row = static_cast<long long>(work.place.first_q) + place.query;
@@ -122,14 +179,15 @@ class ResultWriter {
         continue;
       }
       auto* const out = static_cast<unsigned short*>(p.out.at(slot, out_row, place.head));
-      const float lse = merge_row<float4, true>(
-          work.parts.count, sink_of(p, place.head), p.head_dim_v,
-          [&](int part) {
-            const auto* const weights = reinterpret_cast<const float2*>(a_.parts.weights);
-            const float2 weight = __ldcg(weights + partial_row(work, part, row));
-            return PartWeight{weight.x, weight.y};
+      float lse = 0;
+      merge_row<float4, true>(
+          count, p.head_dim_v, [&](int part) { return weight_of(part, row); },
+          [&](int part, int column) { return read(part, row, column); },
+          [&](PartWeight all) {
+            float share;
+            lse = finish_softmax(all.max, all.sum, sink_of(p, place.head), share);
+            return share;
           },
-          [&](int part) { return a_.parts.sums + partial_row(work, part, row) * variant.head_dim_v; },
           [&](int column, float(&sums)[4]) {
 #pragma unroll
             for (float& sum : sums) sum *= sum == 0 ? 1 : value_factor;
@@ -148,7 +206,9 @@ class ResultWriter {
   }
 
   /// Of those of the same rows.
-  __device__ int thread() const { return first_column() / columns * 128 + static_cast<int>(threadIdx.x % 128); }
+  __device__ int thread() const {
+    return (variant.row_groups() == 1 ? consumer_ * 128 : 0) + static_cast<int>(threadIdx.x % 128);
+  }
 
   const ForwardArguments& a_;
   int consumer_;

@@ -32,7 +32,7 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
         __syncwarp();
       }
       if (rehearses) break;
-      if constexpr (variant.widens()) {
+      if constexpr (variant.scaled()) {
         if (found && first_lane()) shared.scales[place.stage()] = scales_of<variant>(a, work);
       }
       if (first_lane()) shared.work.full[place.again().stage()].arrive();

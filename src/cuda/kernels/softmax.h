@@ -41,39 +41,47 @@ __device__ inline float tanh_accurately(float x) {
   return fabsf(x) < 0.25F ? near_zero : fabsf(x) > 15 ? copysignf(1, x) : x != x ? x : elsewhere;
 }
 
+/// Which keys of every eight the scores of a thread are of: the first, and how far from it the second.
+struct ScoreColumns {
+  int first = accumulator_column();
+  int step = 1;
+};
+
 /// Hides from each row of a thread the columns from `ends` on.
-template <int keys, typename... Columns>
-__device__ inline void hide_keys_from(float (&scores)[keys / 2], Columns... ends) {
-  const int end_of[rows_of_thread] = {ends...};
+template <int keys>
+__device__ inline void hide_keys_from(float (&scores)[keys / 2], int end_of_first, int end_of_second,
+                                      ScoreColumns columns = {}) {
+  const int end_of[rows_of_thread] = {end_of_first, end_of_second};
 #pragma unroll
   for (int i = 0; i < rows_of_thread; ++i) {
-    const int end = end_of[i] - accumulator_column();
+    const int end = end_of[i] - columns.first;
 #pragma unroll
     for (int j = 0; j < keys / 8; ++j) {
       if (8 * j >= end) scores[4 * j + 2 * i] = -infinity();
-      if (8 * j + 1 >= end) scores[4 * j + 2 * i + 1] = -infinity();
+      if (8 * j + columns.step >= end) scores[4 * j + 2 * i + 1] = -infinity();
     }
   }
 }
 
 /// Hides those before `begins`.
-template <int keys, typename... Columns>
-__device__ inline void hide_keys_before(float (&scores)[keys / 2], Columns... begins) {
-  const int begin_of[rows_of_thread] = {begins...};
+template <int keys>
+__device__ inline void hide_keys_before(float (&scores)[keys / 2], int begin_of_first, int begin_of_second,
+                                        ScoreColumns columns = {}) {
+  const int begin_of[rows_of_thread] = {begin_of_first, begin_of_second};
 #pragma unroll
   for (int i = 0; i < rows_of_thread; ++i) {
-    const int begin = begin_of[i] - accumulator_column();
+    const int begin = begin_of[i] - columns.first;
 #pragma unroll
     for (int j = 0; j < keys / 8; ++j) {
       if (8 * j < begin) scores[4 * j + 2 * i] = -infinity();
-      if (8 * j + 1 < begin) scores[4 * j + 2 * i + 1] = -infinity();
+      if (8 * j + columns.step < begin) scores[4 * j + 2 * i + 1] = -infinity();
     }
   }
 }
 
-/// Ends the softmax of a row whose weights are 2**(score - exponent) and add up to `sum`. `sink` is its natural
-/// logarithm, -inf where there is none. Gives the log-sum-exp, and what the row's weighted values are to be multiplied
-/// by: 0 where they are to become 0, whatever they are.
+/// Ends the softmax of a row whose weights are 2**(score - exponent) and add up to `sum`; they may be none. `sink` is
+/// its natural logarithm, -inf where there is none. Gives the log-sum-exp, and what the row's weighted values are to be
+/// multiplied by: 0 where they are to become 0, whatever they are.
 __device__ inline float finish_softmax(float exponent, float sum, float sink, float& share) {
   share = 0;
   if (sum == 0) return sink;

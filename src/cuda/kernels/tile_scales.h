@@ -35,7 +35,7 @@ __device__ inline TileScales scales_of(const ForwardArguments& a, const TileWork
   scales.value_factor = p.v_descale.at(work.sequence, work.head_k);
   float factor = key;
   if constexpr (variant.qv) scales.qk_factor = relative_scale(key, scales.value_factor, factor);
-  if constexpr (variant.widens_queries()) factor *= p.q_descale.at(work.sequence, work.head_k);
+  if constexpr (variant.types.query == ElementType::float8_e4m3) factor *= p.q_descale.at(work.sequence, work.head_k);
   scales.score_factor = a.score_factor * factor;
   scales.exponent_scale = a.exponent_scale;
   if constexpr (variant.scores == Scores::products) {
