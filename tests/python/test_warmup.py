@@ -89,7 +89,7 @@ def test_warmup_on_the_command_line(mate: ModuleType, cache: Path) -> None:
 
 
 def test_wrong_arguments_are_refused(mate: ModuleType, cache: Path) -> None:
-    with pytest.raises(TypeError, match="dtype must be bfloat16 or float16, got float32"):
+    with pytest.raises(TypeError, match="dtype must be bfloat16 or float16 or float8_e4m3fn, got float32"):
         mate.warmup(HEAD_DIM, dtypes=(torch.float32,))
     for head_dim in (0, 513):
         with pytest.raises(ValueError, match=f"head_dim must be from 1 to 512, got {head_dim}"):

@@ -74,7 +74,7 @@ struct ForwardVariant {
   constexpr bool awaits_memory() const { return warpgroups == 1; }
   /// Of the scheduler, the loaders and the wideners.
   constexpr int producer_warpgroups() const {
-    if (widens()) return awaits_memory() ? 3 : wide ? 2 : 1;
+    if (widens()) return awaits_memory() ? 3 : wide || (head_dim <= 128 && head_dim_v <= 128) ? 2 : 1;
     return gather && awaits_memory() ? 2 : 1;
   }
   /// They are the last warps of the producers.
@@ -123,10 +123,14 @@ struct ForwardVariant {
   constexpr bool moves_registers() const { return threads() > 256; }
   constexpr int registers_at_start() const { return moves_registers() ? 64 * 1024 / threads() / 8 * 8 : 248; }
   constexpr int producer_registers() const {
-    return warpgroups == 3 ? 32 : wide && widens() ? 80 : gather || splits || widens() ? 88 : 40;
+    if (warpgroups == 3) return 32;
+    if (wide && widens()) return 80;
+    return gather || splits || (widens() && producer_warpgroups() == 1) ? 88 : 40;
   }
   /// Of warpgroups of producers beside the first.
-  constexpr int other_producer_registers() const { return !widens() ? producer_registers() : wide ? 48 : 80; }
+  constexpr int other_producer_registers() const {
+    return !widens() ? producer_registers() : wide ? 48 : awaits_memory() ? 80 : 56;
+  }
   constexpr int consumer_registers() const {
     if (!moves_registers()) return registers_at_start();
     const int all = registers_at_start() * threads() / 128 - producer_registers() -
