@@ -61,6 +61,12 @@ struct Sequence {
   int rotary_base = 0;  ///< position, for the rotation, of the first new key
 };
 
+/// Whether two sequences have the same queries and keys at the same places, whichever of the keys are new.
+constexpr bool is_same_place(const Sequence& a, const Sequence& b) {
+  return a.lengths.sq == b.lengths.sq && a.lengths.sk == b.lengths.sk && a.lengths.total == b.lengths.total &&
+         a.first_q == b.first_q && a.cache_row == b.cache_row && a.first_k == b.first_k;
+}
+
 /// Where a key's row stands: in which slot (batch entry or page), and which row of it.
 struct Location {
   long long slot = 0;

@@ -137,7 +137,15 @@ template <ForwardVariant variant>
 class SplitScheduler : StepCounter<variant> {
  public:
   __device__ explicit SplitScheduler(const ForwardArguments& arguments)
-      : StepCounter<variant>(arguments, this_worker<variant>(arguments)) {
+      : StepCounter<variant>(arguments, this_worker<variant>(arguments)) {}
+
+  /// Finds this block's share: before all else.
+  __device__ void begin() {
+    steps_of_unit_ = 0;
+    steps_of_chunk_ = 0;
+    unit_ = 0;
+    first_sequence_ = 0;
+    end_of_sequence_ = 0;
     // The last sequences are counted first, so that the first ones need not be counted twice.
     int fewest = max_length;  // in a tile
     int most = 0;
@@ -159,6 +167,17 @@ class SplitScheduler : StepCounter<variant> {
       unit_ = divide(share_.begin, steps_of_unit_);
       seek(share_.begin - unit_ * steps_of_unit_);
     }
+  }
+
+  /// Whether what was read of the sequences is what memory says now, as far as it was kept: false for a large batch.
+  __device__ bool still_holds() const {
+    if (problem().batch > 32) return false;
+    bool same = true;
+    if (lane() < problem().batch) {
+      same = query_capacity(problem().queries, lane()) == count_.capacity &&
+             is_same_place(problem().sequence(lane()), count_.place);
+    }
+    return __all_sync(~0U, same);
   }
 
   /// Writes the next piece to `work`. Returns whether there was one.
@@ -280,12 +299,12 @@ class SplitScheduler : StepCounter<variant> {
   Share share_;  ///< what is left of this block's
   // Steps are counted unit by unit, so that heads of one sequence, whose rows are neighbours in memory, are read by
   // several blocks of threads at the same time rather than by one of them one after another.
-  int steps_of_unit_ = 0;
-  int steps_of_chunk_ = 0;  ///< of that which has this lane's number
-  int unit_ = 0;
-  int first_sequence_ = 0;
-  Count count_;              ///< of this lane's sequence, among the 32 from first_sequence_ on
-  int end_of_sequence_ = 0;  ///< step with which it ends
+  int steps_of_unit_;
+  int steps_of_chunk_;  ///< of that which has this lane's number
+  int unit_;
+  int first_sequence_;
+  Count count_;          ///< of this lane's sequence, among the 32 from first_sequence_ on
+  int end_of_sequence_;  ///< step with which it ends
 };
 
 }  // namespace mate::cuda
