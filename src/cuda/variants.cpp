@@ -54,6 +54,7 @@ int common_block_keys(const VariantChoice& choice) {
     other.few_rows = (choices & 4) != 0;
     other.narrow = true;
     other.alike = false;
+    other.stream_rows = 0;
     keys = std::min(keys, choose_variant(other).block_keys);
   }
   return power_of_two_below(keys);
