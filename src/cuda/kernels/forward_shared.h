@@ -58,9 +58,9 @@ struct ForwardShared {
   [[no_unique_address]] SharedWeights<variant> weights;
   [[no_unique_address]] WarpResults<variant> warp_results;
   alignas(16) TileWork works[work_stages];
-  TileScales scales[variant.scaled() ? work_stages : 1];             ///< of these, where keys are e4m3
-  KeyRange visible[variant.stream() ? 1 : 64 * variant.warpgroups];  ///< to each row of each consumer, where some of
-                                                                     ///< its keys are hidden
+  TileScales scales[variant.scaled() ? work_stages : 1];  ///< of these, where keys are e4m3
+  // What each row of each consumer sees, where some of its keys are hidden.
+  KeyRange visible[variant.stream() ? 1 : 64 * variant.warpgroups];
   // Of rows, by each of the consumers that have them in common: what its weights are relative to, and their sums.
   float references[variant.wide ? 64 * variant.warpgroups : 1];
   float weight_sums[variant.wide ? 64 * variant.warpgroups : 1];

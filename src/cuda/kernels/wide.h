@@ -126,8 +126,7 @@ class WideConsumer : Consumer<variant> {
     await(shared_.k, next_);  // every consumer waits for every block: parity tells but the last two apart
     release_keys(tile, n);
     await(shared_.v, next_);
-    // The other consumer's blocks are every other one.
-    // Its barrier's address is not worth a register all along.
+    // The other consumer's blocks are every other one. Its barrier's address is not worth a register all along.
     shared_.weighed[ptx::known_only_here(1 - group_)].wait(next_.template in<2>().parity());
     float rescale[rows_of_thread];
     bool rescales = false;
