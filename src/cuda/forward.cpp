@@ -310,6 +310,10 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
     blocks -= blocks % arguments.team;
     take_parts(p, variant, tiles, blocks, scratch, arguments);
   }
+  if (variant.e4m3 && !variant.carries_in_shared() &&
+      divide_up(most_keys(p), variant.block_keys) > variant.blocks_between_carries()) {
+    arguments.carried_sums = scratch.take<float>(std::int64_t{blocks} * variant.carried_sums());
+  }
   const Kernel kernel = forward_kernels().load(gpu, key_of(variant), [&] { return source_of(variant); });
   arguments.counters = counters(queue);
   const Launch shape{

@@ -25,6 +25,16 @@ int power_of_two_below(int x) {
   return power;
 }
 
+/// What a choice says of any kernel.
+ForwardVariant variant_of(const VariantChoice& choice) {
+  ForwardVariant variant;
+  variant.types = choice.types;
+  variant.scores = choice.scores;
+  variant.gather = choice.gather;
+  variant.splits = choice.splits;
+  return variant;
+}
+
 /// The most keys of a block that registers and shared memory hold.
 int most_block_keys(const ForwardVariant& variant, bool narrow) {
   const bool capped = variant.scores == Scores::capped;
@@ -32,16 +42,42 @@ int most_block_keys(const ForwardVariant& variant, bool narrow) {
   int other_registers = variant.warpgroups == 3 ? 32 : 36;
   if (capped) other_registers += variant.gather || variant.splits ? 32 : 20;
   const int registers = variant.consumer_registers() - other_registers - variant.head_dim_v / 2;
-  const int row_bytes = (chunks_of(variant.head_dim) + chunks_of(variant.head_dim_v)) * chunk_row_bytes;
-  const int by_registers = registers * 4 / 3;
-  const int fetched_row_bytes = (chunks_of(variant.head_dim, 1) + chunks_of(variant.head_dim_v, 1)) * chunk_row_bytes;
-  const int by_memory = (variant.tile_bytes() - variant.q_bytes()) /
-                        (variant.stages * row_bytes + variant.fetched_stages * fetched_row_bytes);
   const int most = capped && variant.warpgroups == 3                      ? 96
                    : capped || narrow || variant.gather || variant.splits ? 128
                                                                           : widest_block_keys;
-  const int keys = std::min({by_registers, by_memory, most}) / 16 * 16;
-  return variant.splits ? power_of_two_below(keys) : keys;
+  const int element_bytes = bytes_of(variant.element());
+  const int step = 32 / element_bytes;  // keys that an instruction multiplies
+  ForwardVariant tried = variant;
+  tried.q_stages = 1;
+  tried.block_keys = most / step * step;
+  const auto fits = [&] {
+    const int needed = tried.block_keys / 2 + tried.block_keys * element_bytes / 8;  // for scores and weights
+    return needed <= registers && tried.shared_bytes() <= most_shared_bytes;
+  };
+  while (!fits()) tried.block_keys -= step;
+  return variant.splits ? power_of_two_below(tried.block_keys) : tried.block_keys;
+}
+
+/// Whether e4m3 is multiplied as it is.
+bool multiplies_e4m3(const VariantChoice& choice) {
+  // Sums of more columns leave registers only where others need few.
+  constexpr int most_columns = 192;
+  const bool fits = choice.head_dim_v <= most_columns || !(choice.gather || choice.splits);
+  // Of few rows memory is the limit, and weights that are more exact cost nothing.
+  return choice.types.all_e4m3() && fits && !choice.few_rows && !choice.alike;
+}
+
+/// A variant of forward.h, but for the width of its blocks and what follows from it.
+ForwardVariant begin_variant(const VariantChoice& choice) {
+  ForwardVariant variant = variant_of(choice);
+  variant.e4m3 = multiplies_e4m3(choice);
+  variant.head_dim = round_up(choice.head_dim, variant.e4m3 ? 32 : 16);
+  variant.head_dim_v = round_up(choice.head_dim_v, 16);
+  const bool small = std::max(variant.head_dim, variant.head_dim_v) <= 64;
+  variant.warpgroups = choice.few_rows ? 1 : small && !choice.gather && !choice.splits && !variant.widens() ? 3 : 2;
+  variant.stages = 2;
+  if (variant.prepares()) variant.fetched_stages = 2;
+  return variant;
 }
 
 /// The width that all variants of these head sizes can have.
@@ -52,29 +88,27 @@ int common_block_keys(const VariantChoice& choice) {
     other.gather = (choices & 1) != 0;
     other.splits = (choices & 2) != 0;
     other.few_rows = (choices & 4) != 0;
-    other.narrow = true;
-    other.alike = false;
-    other.stream_rows = 0;
-    keys = std::min(keys, choose_variant(other).block_keys);
+    keys = std::min(keys, most_block_keys(begin_variant(other), true));
   }
   return power_of_two_below(keys);
 }
 
-/// Fills what is left of shared memory with blocks that are yet to be widened.
+/// Fills what is left of shared memory with blocks that are yet to be prepared.
 void fetch_further_ahead(ForwardVariant& variant) {
-  if (!variant.widens()) return;
+  if (!variant.prepares()) return;
   const int left = most_shared_bytes - variant.shared_bytes();
   const int stages = variant.fetched_stages + left / (variant.fetched_k_bytes() + variant.fetched_v_bytes());
   variant.fetched_stages = std::clamp(stages, variant.fetched_stages, variant.wide ? most_wide_stages : most_stages);
 }
 
 /// Each consumer has whole chunks of the values' columns. Blocks are as wide for all calls of these head sizes.
-void set_wide_tiles(ForwardVariant& variant, const VariantChoice& choice) {
+ForwardVariant wide_variant(const VariantChoice& choice) {
   constexpr int consumers = 2;
   // Products of fewer keys wait for shared memory: a second stage is not worth that. Blocks of twice as many have to
   // fit twice, and their scores into registers beside the sums.
   constexpr int good_keys = 64;
   constexpr int most_columns_of_wider = 128;
+  ForwardVariant variant = variant_of(choice);
   variant.wide = true;
   variant.qv = choice.qv;
   variant.head_dim = round_up(choice.head_dim, chunk_columns);
@@ -92,6 +126,7 @@ void set_wide_tiles(ForwardVariant& variant, const VariantChoice& choice) {
   while (stages() < 1) variant.block_keys /= 2;
   variant.stages = std::min(stages(), variant.widens() ? 2 : most_wide_stages);
   fetch_further_ahead(variant);
+  return variant;
 }
 
 /// A head size as the kernel of stream.h takes it: lanes take columns of keys by 64, of values by 64 or by 128.
@@ -99,8 +134,9 @@ int stream_columns(int head_dim) { return round_up(head_dim, 64); }
 int stream_columns_v(int head_dim) { return head_dim <= 64 ? 64 : round_up(head_dim, 128); }
 
 /// Blocks that are worth a round of loading: what is done for each costs as long as reading some kilobytes takes.
-void set_stream_tiles(ForwardVariant& variant, const VariantChoice& choice) {
+ForwardVariant stream_variant(const VariantChoice& choice) {
   constexpr int most_stage_bytes = 32 * 1024;
+  ForwardVariant variant = variant_of(choice);
   variant.stream_rows = choice.stream_rows;
   variant.head_dim = stream_columns(choice.head_dim);
   variant.head_dim_v = stream_columns_v(choice.head_dim_v);
@@ -112,6 +148,7 @@ void set_stream_tiles(ForwardVariant& variant, const VariantChoice& choice) {
   variant.warpgroups = variant.gather || variant.block_keys < 128 ? 1 : 2;
   const int left = most_shared_bytes - variant.shared_bytes();
   variant.stages = std::min(variant.stages + left / (variant.k_bytes() + variant.v_bytes()), most_stages);
+  return variant;
 }
 
 const char* name_of(ElementType type) {
@@ -159,25 +196,11 @@ int stream_rows_for(const TensorTypes& types, int head_dim, int head_dim_v, std:
 }
 
 ForwardVariant choose_variant(const VariantChoice& choice) {
-  ForwardVariant variant;
-  variant.types = choice.types;
-  variant.scores = choice.scores;
-  variant.gather = choice.gather;
-  variant.splits = choice.splits;
   if (choice.qv || std::max(choice.head_dim, choice.head_dim_v) > largest_narrow_head_dim) {
-    set_wide_tiles(variant, choice);
-    return variant;
+    return wide_variant(choice);
   }
-  if (choice.stream_rows > 0 && !choice.alike) {
-    set_stream_tiles(variant, choice);
-    return variant;
-  }
-  variant.head_dim = round_up(choice.head_dim, 16);
-  variant.head_dim_v = round_up(choice.head_dim_v, 16);
-  const bool small = std::max(variant.head_dim, variant.head_dim_v) <= 64;
-  variant.warpgroups = choice.few_rows ? 1 : small && !choice.gather && !choice.splits && !variant.widens() ? 3 : 2;
-  variant.stages = 2;
-  if (variant.widens()) variant.fetched_stages = 2;
+  if (choice.stream_rows > 0 && !choice.alike) return stream_variant(choice);
+  ForwardVariant variant = begin_variant(choice);
   variant.block_keys = choice.alike ? common_block_keys(choice) : most_block_keys(variant, choice.narrow);
   if (choice.splits && !choice.gather && !choice.alike) {
     // How keys are cut must not depend on where they lie.
@@ -186,7 +209,7 @@ ForwardVariant choose_variant(const VariantChoice& choice) {
     variant.block_keys = std::min(variant.block_keys, choose_variant(gathers).block_keys);
   }
   const int stage_bytes = variant.k_bytes() + variant.v_bytes();
-  if (variant.widens()) {
+  if (variant.prepares()) {
     variant.q_stages =
         choice.few_rows && 2 * variant.q_bytes() + 2 * stage_bytes + variant.fetched_bytes() <= variant.tile_bytes()
             ? 2
@@ -223,6 +246,7 @@ std::uint64_t key_of(const ForwardVariant& v) {
   append(v.wide, 1);
   append(v.stream_rows, 5);
   append(v.qv, 1);
+  append(v.e4m3, 1);
   return key;
 }
 
@@ -234,18 +258,19 @@ KernelSource source_of(const ForwardVariant& v) {
       join(kernel, "_", name_of(v.types), "_d", v.head_dim, "_v", v.head_dim_v, v.qv ? "_qv" : "", "_rows",
            v.tile_rows(), "_keys", v.block_keys, v.scores == Scores::products ? "" : join("_", name_of(v.scores)),
            v.gather ? "_gather" : "", v.splits ? "_splits" : "");
-  source.text = join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(),
-                     ", 1)\n", source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
-                     "  constexpr mate::cuda::ForwardVariant variant{\n",
-                     "      .types = {mate::ElementType::", name_of(v.types.query),
-                     ", mate::ElementType::", name_of(v.types.key), ", mate::ElementType::", name_of(v.types.out),
-                     "},\n", "      .head_dim = ", v.head_dim, ",\n", "      .head_dim_v = ", v.head_dim_v, ",\n",
-                     "      .warpgroups = ", v.warpgroups, ",\n", "      .block_keys = ", v.block_keys, ",\n",
-                     "      .stages = ", v.stages, ",\n", "      .fetched_stages = ", v.fetched_stages, ",\n",
-                     "      .q_stages = ", v.q_stages, ",\n", "      .scores = mate::cuda::Scores::", name_of(v.scores),
-                     ",\n", "      .gather = ", flag(v.gather), ",\n", "      .splits = ", flag(v.splits), ",\n",
-                     "      .wide = ", flag(v.wide), ",\n", "      .stream_rows = ", v.stream_rows, ",\n",
-                     "      .qv = ", flag(v.qv), "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
+  source.text =
+      join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
+           source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
+           "  constexpr mate::cuda::ForwardVariant variant{\n",
+           "      .types = {mate::ElementType::", name_of(v.types.query), ", mate::ElementType::", name_of(v.types.key),
+           ", mate::ElementType::", name_of(v.types.out), "},\n", "      .head_dim = ", v.head_dim, ",\n",
+           "      .head_dim_v = ", v.head_dim_v, ",\n", "      .warpgroups = ", v.warpgroups, ",\n",
+           "      .block_keys = ", v.block_keys, ",\n", "      .stages = ", v.stages, ",\n",
+           "      .fetched_stages = ", v.fetched_stages, ",\n", "      .q_stages = ", v.q_stages, ",\n",
+           "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n", "      .gather = ", flag(v.gather), ",\n",
+           "      .splits = ", flag(v.splits), ",\n", "      .wide = ", flag(v.wide), ",\n",
+           "      .stream_rows = ", v.stream_rows, ",\n", "      .qv = ", flag(v.qv), ",\n",
+           "      .e4m3 = ", flag(v.e4m3), "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
   source.shared_bytes = v.shared_bytes();
   return source;
 }

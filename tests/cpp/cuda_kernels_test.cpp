@@ -115,7 +115,9 @@ TEST_F(CudaKernels, RunAsTheirScheduleSays) {
                                      {64, 512, bf16s, false, true},
                                      {512, 512, fp16s, true, true},
                                      {64, 64, bf16s, true, true},
+                                     {64, 64, e4m3s},
                                      {128, 128, e4m3s},
+                                     {256, 256, e4m3s},
                                      {256, 256, over_e4m3, true},
                                      {64, 512, over_e4m3, false, true},
                                      {512, 512, e4m3s, true, true}};

@@ -72,7 +72,7 @@ FIXED = (
     *(Kind(64, 512, dtype, qv=True) for dtype in (torch.bfloat16, torch.float16)),
     Kind(512, 512, torch.bfloat16),
     Kind(16, 16, torch.bfloat16, softcap=True, qv=True),
-    *(Kind(size, size, FP8) for size in (16, 128)),
+    *(Kind(size, size, FP8) for size in (16, 64, 128, 256)),
     *(Kind(size, size, torch.bfloat16, kv_dtype=FP8) for size in (16, 128)),
     Kind(64, 512, torch.bfloat16, qv=True, kv_dtype=FP8),
 )

@@ -19,7 +19,7 @@ from typing import Any, Optional
 
 import torch
 from calls import Call, draw
-from judge import check_result
+from judge import bars_of, check_result
 from kernels import Kind
 from reference import FP8, evaluate
 
@@ -36,6 +36,7 @@ KINDS = (
     Kind(64, 512, torch.bfloat16, qv=True),
     Kind(512, 512, torch.float16),
     Kind(64, 64, FP8),
+    Kind(256, 256, FP8),
     Kind(128, 128, torch.bfloat16, kv_dtype=FP8),
     Kind(64, 512, FP8, qv=True),
 )
@@ -52,6 +53,8 @@ def calls() -> list[Call]:
         drawn = (draw(seed, kinds=[kind]) for seed in seeds)
         with_rows = (call for call in drawn if call.normalised.q.numel() > 0)
         chosen = [several_tiles(kind, causal=False), several_tiles(kind, causal=True), decoding(kind), mixed(kind)]
+        if kind.dtype is FP8 and not kind.qv:
+            chosen.append(many_keys(kind))
         chosen += itertools.islice(with_rows, CALLS_OF_KIND - len(chosen))
         for call in chosen[::2]:
             call.arguments["sm_margin"] = 10_000
@@ -71,6 +74,14 @@ def several_tiles(kind: Kind, causal: bool) -> Call:
     }
     softcap = 5.0 if kind.softcap else 0.0
     return Call("flash_attn_func", {**tensors, "causal": causal, "softcap": softcap, "return_attn_probs": True})
+
+
+def many_keys(kind: Kind) -> Call:
+    """A call whose sums of e4m3 products are set aside on the way."""
+    numbers = torch.Generator().manual_seed(SEED)
+    shapes = {"q": (1, 70, 2, kind.head_size), "k": (1, 3000, 1, kind.head_size), "v": (1, 3000, 1, kind.head_size_v)}
+    tensors = {name: torch.randn(shape, generator=numbers).to(kind.dtype) for name, shape in shapes.items()}
+    return Call("flash_attn_func", {**tensors, "return_attn_probs": True})
 
 
 def decoding(kind: Kind) -> Call:
@@ -129,7 +140,12 @@ def make_calls(device: str) -> None:
         }
         out, lse = Call(call.function, arguments).run(mate)
         lse = None if lse is None else moved(lse, "cpu", {})
-        check_result(moved(out, "cpu", {}), lse, evaluate(call.function, call.arguments), out.dtype)
+        check_result(
+            moved(out, "cpu", {}),
+            lse,
+            evaluate(call.function, call.arguments),
+            bars_of(call.normalised.q.dtype, device),
+        )
 
 
 def find_sanitizer() -> str:

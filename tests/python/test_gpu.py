@@ -15,9 +15,9 @@ import pytest
 import torch
 from calls import Call, draw_some, metadata_arguments
 from environment import DEVICE
-from judge import check, check_arguments, check_result, check_unwritten, error, same_bits, storage
+from judge import bars, check, check_arguments, check_result, check_unwritten, error, same_bits, storage
 from kernels import NOT_SERVED
-from reference import evaluate
+from reference import FP8, evaluate
 
 if DEVICE == "cpu":
     pytest.skip("for an NVIDIA GPU: make test-gpu", allow_module_level=True)
@@ -133,7 +133,7 @@ def test_a_graph_serves_other_values_and_lengths(mate: ModuleType, device: str, 
         call.arguments[name].copy_(value)
     expected = evaluate(call.function, call.arguments)
     graph.replay()
-    check_result(*results, expected, BF16)
+    check_result(*results, expected, bars(call))
     check_arguments(call.arguments, expected.after)
     assert same_bits(results, call.run(mate))
 
@@ -151,7 +151,7 @@ def test_a_graph_with_its_scheduler_metadata(mate: ModuleType, device: str, num_
         call.arguments["cache_seqlens"].copy_(int32(*lengths))
         mate.get_scheduler_metadata(**planning, out=metadata)
         graph.replay()
-        check_result(*results, evaluate(call.function, call.arguments), BF16)
+        check_result(*results, evaluate(call.function, call.arguments), bars(call))
 
 
 def test_a_graph_after_a_larger_call(mate: ModuleType, device: str) -> None:
@@ -577,6 +577,65 @@ def test_accuracy(mate: ModuleType, device: str, size: int, inputs: str, causal:
     arguments = {**tensors, "causal": causal}
     whole = float(error(mate.flash_attn_func(**arguments), evaluate("flash_attn_func", arguments).out))
     assert whole <= BARS[inputs, causal][dtype], f"relative error {whole:.3g}"
+
+
+E4M3_BARS = {
+    ("normal", False): 2.6e-2,
+    ("normal", True): 2.1e-2,
+    ("outliers", False): 7e-3,
+    ("outliers", True): 1.25e-2,
+}
+
+
+def e4m3(x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Rounded with one scale."""
+    scale = float(x.abs().amax()) / 448
+    return (x.double() / scale).to(FP8), scale
+
+
+def e4m3_call(values: Callable[..., torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        arguments[name], scale = e4m3(values(*shape))
+        arguments[f"{name[0]}_descale"] = torch.full((shape[0], shapes["k"][2]), scale, device=DEVICE)
+    return arguments
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("inputs", ["normal", "outliers"])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_e4m3_accuracy(mate: ModuleType, device: str, size: int, inputs: str, causal: bool) -> None:
+    torch.manual_seed(0)
+    values = randn if inputs == "normal" else outliers
+    call = Call(
+        "flash_attn_func",
+        {**e4m3_call(values, dict.fromkeys("qkv", (2, 2048, 8, size))), "causal": causal},
+    )
+    whole = float(error(call.run(mate)[0], evaluate(call.function, call.arguments).out))
+    assert whole <= E4M3_BARS[inputs, causal], f"relative error {whole:.3g}"
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_e4m3_sums_of_many_keys(mate: ModuleType, device: str, size: int) -> None:
+    """Values of one sign add up to sums that are large beside each of them."""
+    torch.manual_seed(0)
+    shapes = {"q": (1, 256, 2, size), "k": (1, 40000, 1, size), "v": (1, 40000, 1, size)}
+    call = Call("flash_attn_func", e4m3_call(lambda *shape: randn(*shape) + 1, shapes))
+    whole = float(error(call.run(mate)[0], evaluate(call.function, call.arguments).out))
+    assert whole <= 3e-2, f"relative error {whole:.3g}"
+
+
+@pytest.mark.parametrize("inputs", ["normal", "outliers"])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_e4m3_accuracy_of_decoding(mate: ModuleType, device: str, size: int, inputs: str) -> None:
+    torch.manual_seed(0)
+    values = randn if inputs == "normal" else outliers
+    shapes = {"q": (4, 1, 16, size), "k": (4, 4096, 2, size), "v": (4, 4096, 2, size)}
+    arguments = e4m3_call(values, shapes)
+    arguments |= {"k_cache": arguments.pop("k"), "v_cache": arguments.pop("v")}
+    call = Call("flash_attn_with_kvcache", {**arguments, "cache_seqlens": int32(4096, 3000, 100, 4000)})
+    whole = float(error(call.run(mate)[0], evaluate(call.function, call.arguments).out))
+    assert whole <= 5e-3, f"relative error {whole:.3g}"
 
 
 # Sizes.

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from judge import check_result
+from judge import BARS, check_result
 from reference import evaluate
 
 HERE = Path(__file__).resolve().parent
@@ -118,7 +118,7 @@ torch.save(mate.flash_attn_func(**torch.load(f"{folder}/call")), f"{folder}/{nam
         done = run(name, "-c", program, str(tmp_path), name)
         assert done.returncode == 0, done.stderr
         out, lse = torch.load(tmp_path / name)
-        check_result(out, lse, expected, dtype)
+        check_result(out, lse, expected, BARS[dtype])
 
 
 def test_random_calls(other: str, seed: int) -> None:

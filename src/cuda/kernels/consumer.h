@@ -3,13 +3,13 @@
 #pragma once
 
 #include "forward_loader.h"
+#include "preparer.h"
 #include "ptx/launch.h"
 #include "ptx/wgmma.h"
 #include "results.h"
 #include "schedule.h"
 #include "split_scheduler.h"
 #include "tile_scheduler.h"
-#include "widener.h"
 
 namespace mate::cuda {
 
@@ -24,6 +24,8 @@ class Consumer {
   using TilePlace = RingPlace<ForwardShared<variant>::work_stages>;
   using ScoreTile = float (&)[variant.block_keys / 2];
   using Sums = float (&)[variant.consumer_columns() / 2];
+  /// Of a thread's weights of a block.
+  static constexpr int weight_words = variant.block_keys / 2 * bytes_of(variant.element()) / 4;
 
   /// The first of its rows in the tile.
   __device__ int first_row() const { return variant.wide ? 0 : group_ * 64; }
@@ -109,10 +111,10 @@ class Consumer {
   }
 
   /// Starts sums += weights x values.
-  __device__ static void start_values(const unsigned (&weights)[variant.block_keys / 4], Sums sums, unsigned v) {
+  __device__ static void start_values(const unsigned (&weights)[weight_words], Sums sums, unsigned v) {
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < variant.block_keys / 16; ++step) {
+    for (int step = 0; step < steps_of(variant.block_keys); ++step) {
       for_columns([&]<int columns, int first_column>() {
         ptx::wgmma<variant.element(), columns, first_column / 2>(sums, weights + 4 * step,
                                                                  values_of_step(v, step, first_column));
@@ -131,8 +133,11 @@ class Consumer {
     if constexpr (some < all) product.template operator()<all - some, some>();
   }
 
-  /// The 16 keys of a step in a block of values, from a column on that begins a chunk.
+  /// The keys of a step in a block of values, from a column on that begins a chunk.
   __device__ static unsigned values_of_step(unsigned v, int step, int first_column) {
+    if constexpr (variant.transposes()) {
+      return ptx::advance(v, first_column * chunk_row_bytes + bytes_of_step<variant.head_dim_v>(step));
+    }
     return ptx::advance(v, (first_column / chunk_columns * variant.block_keys + step * 16) * chunk_row_bytes);
   }
 
@@ -150,7 +155,9 @@ class Consumer {
   }
 
   __device__ OnlineSoftmax begin_softmax(TilePlace tile) const {
-    return OnlineSoftmax(variant.scaled() ? scales_of(tile).exponent_scale : a_.exponent_scale);
+    // Weights of e4m3 are up to 2**8, so that it has more of the small ones.
+    constexpr float largest_exponent = variant.element() == ElementType::float8_e4m3 ? 8 : 0;
+    return OnlineSoftmax(variant.scaled() ? scales_of(tile).exponent_scale : a_.exponent_scale, largest_exponent);
   }
 
   /// Hides from each row of scores the keys, from `first_key` on, that it does not see.
@@ -166,11 +173,20 @@ class Consumer {
     }
   }
 
-  /// An accumulator's columns are already where the product with the values takes its first operand.
-  template <int count>
-  __device__ static void round_weights(const float (&scores)[count], unsigned (&weights)[count / 2]) {
+  /// An accumulator's columns are already where the product with the values takes its first operand; of e4m3, if those
+  /// of every 16 keys are taken in the order in which transposed values lie: see transpose_block().
+  template <int count, int words>
+  __device__ static void round_weights(const float (&scores)[count], unsigned (&weights)[words]) {
+    if constexpr (variant.element() == ElementType::float8_e4m3) {
 #pragma unroll
-    for (int i = 0; i < count / 2; ++i) weights[i] = pack<variant.element()>(scores[2 * i], scores[2 * i + 1]);
+      for (int i = 0; i < words; ++i) {
+        const int first = i / 2 * 8 + i % 2 * 2;
+        weights[i] = pack_e4m3(scores[first], scores[first + 1], scores[first + 4], scores[first + 5]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < words; ++i) weights[i] = pack<variant.element()>(scores[2 * i], scores[2 * i + 1]);
+    }
   }
 
   template <int stages>
@@ -194,15 +210,23 @@ class Consumer {
   RingPlace<variant.stages> next_;  ///< of the block that comes next
 
  private:
+  // An instruction multiplies what 32 bytes of the sum's elements hold.
+  static constexpr int step_bytes = 32;
+  __device__ static constexpr int steps_of(int elements) { return elements * bytes_of(variant.element()) / step_bytes; }
+  /// Where a step begins in a matrix of `rows` rows along the sum.
+  template <int rows>
+  __device__ static constexpr int bytes_of_step(int step) {
+    constexpr int steps_of_chunk = chunk_row_bytes / step_bytes;
+    return step / steps_of_chunk * rows * chunk_row_bytes + step % steps_of_chunk * step_bytes;
+  }
+
   template <int head_dim>
   __device__ static void multiply(ScoreTile scores, unsigned q, unsigned k, int accumulate) {
 #pragma unroll
-    for (int step = 0; step < head_dim / 16; ++step) {
-      const int chunk = step / 4;
-      const int bytes = step % 4 * 32;
+    for (int step = 0; step < steps_of(head_dim); ++step) {
       ptx::wgmma<variant.element(), variant.block_keys>(
-          scores, ptx::advance(q, chunk * variant.tile_rows() * chunk_row_bytes + bytes),
-          ptx::advance(k, chunk * variant.block_keys * chunk_row_bytes + bytes), accumulate | (step > 0));
+          scores, ptx::advance(q, bytes_of_step<variant.tile_rows()>(step)),
+          ptx::advance(k, bytes_of_step<variant.block_keys>(step)), accumulate | (step > 0));
     }
   }
 };
@@ -228,11 +252,11 @@ __device__ void run(const ForwardArguments& a) {
   const int consumer = static_cast<int>(threadIdx.x / 128) - variant.producer_warpgroups();
   if (consumer < 0) {
     const int warp = static_cast<int>(threadIdx.x / 32);
-    if (variant.widens() && warp >= 4) {
+    if (variant.prepares() && warp >= 4) {
       // A branch of its own, so that the assembler knows how many registers each role has.
       ptx::give_up_registers<variant.other_producer_registers()>();
       ptx::await_earlier_kernels();
-      if constexpr (variant.widens()) Widener<variant>(a, shared).run();
+      if constexpr (variant.prepares()) Preparer<variant>(a, shared).run();
     } else {
       if constexpr (variant.moves_registers()) ptx::give_up_registers<variant.producer_registers()>();
       if (warp == 0) {
@@ -246,8 +270,8 @@ __device__ void run(const ForwardArguments& a) {
         if (threadIdx.x == 96) shared.readable.arrive();
         if (warp <= variant.loader_warps()) {
           ForwardLoader<variant>(a, shared).run();
-        } else if constexpr (variant.widens() && variant.producer_warpgroups() == 1) {
-          Widener<variant>(a, shared).run();
+        } else if constexpr (variant.prepares() && variant.producer_warpgroups() == 1) {
+          Preparer<variant>(a, shared).run();
         }
       }
     }

@@ -27,6 +27,16 @@ __device__ inline unsigned pack(float first, float second) {
   return packed;
 }
 
+/// Four float32 rounded to e4m3, the first in the low byte.
+__device__ inline unsigned pack_e4m3(float first, float second, float third, float fourth) {
+  unsigned packed;
+  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}"
+      : "=r"(packed)
+      : "f"(first), "f"(second), "f"(third), "f"(fourth));
+  return packed;
+}
+
 /// One element of a type that is known when the kernel runs, as float32.
 __device__ inline float widen(const void* element, ElementType type) {
   if (type == ElementType::float32) return *static_cast<const float*>(element);

@@ -12,8 +12,8 @@
 // |                            | fetches the tile's queries                         | q.empty    | q.full    |
 // | warp 2: loader             | fetches a block of values                          | v.empty    | v.full    |
 // | (where rows are gathered, all warps of producers do both)                       |            |           |
-// | wideners, of e4m3          | widen a block that loaders have fetched, and fetch | *.empty    | *.full    |
-// |                            | queries: see widener.h                             |            |           |
+// | preparers, of e4m3         | widen or transpose what loaders have fetched: see  | *.empty    | *.full    |
+// |                            | preparer.h                                         |            |           |
 // | each consumer, in turns    | starts scores = queries x keys of the next block   | k.full     |           |
 // |                            | and sums += weights x values of this one           | v.full     |           |
 // | then on its own            | makes weights of the scores while the values' run  |            | k.empty   |
@@ -26,6 +26,7 @@
 // the producers to the consumers (setmaxnreg): a consumer holds its 64 rows of scores, weights and sums in them.
 #pragma once
 
+#include "carried_sums.h"
 #include "consumer.h"
 
 namespace mate::cuda {
@@ -72,6 +73,7 @@ class ForwardConsumer : Consumer<variant> {
   using Consumer<variant>::start_scores;
   using Consumer<variant>::start_values;
   using Consumer<variant>::value_matrix;
+  using Consumer<variant>::weight_words;
   using Consumer<variant>::work_of;
 
   /// From this tile on, until one is found that is nothing to this consumer. Returns whether there is one, in `tile`.
@@ -82,9 +84,11 @@ class ForwardConsumer : Consumer<variant> {
     int n = work_of(tile).blocks.end - 1;
     float sums[variant.head_dim_v / 2] = {};
     float scores[keys / 2];
-    unsigned weights[keys / 4];
+    unsigned weights[weight_words];
     float rescale[rows_of_thread];
     OnlineSoftmax softmax = begin_softmax(tile);
+    CarriedSums<variant> carried(a_, shared_, group_);
+    carried.begin(n);
 
     await_queries(tile);
     await_keys();
@@ -101,10 +105,10 @@ class ForwardConsumer : Consumer<variant> {
     this->round_weights(scores, weights);
 
     for (;;) {
-      // Steps to blocks of the same tile that need no mask.
+      // Steps to blocks of the same tile that need no mask, until sums are to be set aside.
       const BlockRange whole = work_of(tile).whole;
       const int part_begin = begin_of_part(tile, n);
-      const int whole_begin = max(whole.begin, part_begin);
+      const int whole_begin = max(max(whole.begin, part_begin), carried.next());
       if (n > whole_begin && n <= whole.end) {
         await_keys();
         await_values();
@@ -166,6 +170,8 @@ class ForwardConsumer : Consumer<variant> {
         if (skips) release(shared_.v.empty[next_.before(1).stage()]);
       }
       if (ends_part) {
+        carried.add_to(sums, finished);
+        carried.begin(n);
         results_.write(work_of(tile), part_begin, sums, finished, this->value_factor(tile));
         if (last) {
           release_tile(tile);
@@ -174,8 +180,9 @@ class ForwardConsumer : Consumer<variant> {
         }
 #pragma unroll
         for (float& sum : sums) sum = 0;
-      } else if (__any_sync(~0U, rescales)) {
-        scale_rows<variant.head_dim_v>(sums, rescale);
+      } else {
+        if (__any_sync(~0U, rescales)) scale_rows<variant.head_dim_v>(sums, rescale);
+        if (carried.is_due(n)) carried.carry(sums, softmax, n);
       }
     }
   }
@@ -202,7 +209,7 @@ class ForwardConsumer : Consumer<variant> {
 
   /// Starts the scores of the next block, of `tile`, and the values of this one, which are there, and waits for the
   /// scores.
-  __device__ void start_products(TilePlace tile, ScoreTile scores, const unsigned (&weights)[keys / 4], Sums sums) {
+  __device__ void start_products(TilePlace tile, ScoreTile scores, const unsigned (&weights)[weight_words], Sums sums) {
     const unsigned q = query_matrix(tile);
     const unsigned k = key_matrix();
     const unsigned v = value_matrix(next_.before(1));

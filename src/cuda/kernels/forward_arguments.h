@@ -21,17 +21,18 @@ struct ForwardArguments {
   TensorMap v;
   TensorMap qv;  ///< like q, where it is given
   Problem problem;
-  int pack = 1;                ///< query heads that share a tile
-  int tile_rows = 0;           ///< rows of a tile: a multiple of pack
-  float heads_reciprocal = 1;  ///< 1 / pack
-  float score_factor = 1;      ///< multiplies products before they are capped and compared: 1, but for odd scales
-  float exponent_scale = 1;    ///< multiplies scores to make them exponents of 2; not negative
-  int keys_in_l2 = 0;          ///< keys and values of one head that the L2 cache holds
-  int copy_bytes = 0;          ///< of a gather: rows are copied in pieces of so many bytes
-  int box_keys = 0;            ///< keys that are fetched together: no more than a page has
-  int boxes = 0;               ///< of a block of keys
-  bool wide_rows = false;      ///< rows of out are aligned to 16 bytes
-  int* counters = nullptr;     ///< 0 before and after: of tiles taken, or of the parts of tiles that are done
+  int pack = 1;                   ///< query heads that share a tile
+  int tile_rows = 0;              ///< rows of a tile: a multiple of pack
+  float heads_reciprocal = 1;     ///< 1 / pack
+  float score_factor = 1;         ///< multiplies products before they are capped and compared: 1, but for odd scales
+  float exponent_scale = 1;       ///< multiplies scores to make them exponents of 2; not negative
+  int keys_in_l2 = 0;             ///< keys and values of one head that the L2 cache holds
+  int copy_bytes = 0;             ///< of a gather: rows are copied in pieces of so many bytes
+  int box_keys = 0;               ///< keys that are fetched together: no more than a page has
+  int boxes = 0;                  ///< of a block of keys
+  bool wide_rows = false;         ///< rows of out are aligned to 16 bytes
+  float* carried_sums = nullptr;  ///< room for those of each block of threads, if it is needed
+  int* counters = nullptr;        ///< 0 before and after: of tiles taken, or of the parts of tiles that are done
 
   // Where the keys of tiles are shared out.
   Cut cut;

@@ -34,26 +34,37 @@ class ForwardLoader {
   __device__ static bool loads_keys() { return loads_all || threadIdx.x < 64; }
   __device__ static bool loads_values() { return loads_all || threadIdx.x >= 64; }
 
-  // Where blocks go: to consumers, or to who widens them first.
-  static constexpr int stages = variant.widens() ? variant.fetched_stages : variant.stages;
+  // Where blocks go: to consumers, or to who prepares them first.
+  static constexpr int k_stages = variant.widens() ? variant.fetched_stages : variant.stages;
+  static constexpr int v_stages = variant.prepares() ? variant.fetched_stages : variant.stages;
   static constexpr int k_bytes = variant.widens() ? variant.fetched_k_bytes() : variant.k_bytes();
-  static constexpr int v_bytes = variant.widens() ? variant.fetched_v_bytes() : variant.v_bytes();
+  static constexpr int v_bytes = variant.prepares() ? variant.fetched_v_bytes() : variant.v_bytes();
   static constexpr int query_bytes = bytes_of(variant.types.query);  // of an element
   static constexpr int key_bytes = bytes_of(variant.types.key);
-  __device__ auto& rings() const {
-    if constexpr (variant.widens()) {
-      return shared_.fetched;
-    } else {
-      return shared_;
-    }
+  using Place = RingPlace<k_stages>;
+  __device__ RingBarriers<k_stages>& k_ring() const {
+    if constexpr (variant.widens())
+      return shared_.fetched_k;
+    else
+      return shared_.k;
+  }
+  __device__ RingBarriers<v_stages>& v_ring() const {
+    if constexpr (variant.prepares())
+      return shared_.fetched_v;
+    else
+      return shared_.v;
   }
   __device__ unsigned char* k_tile(int stage) const {
-    if constexpr (variant.widens()) return shared_.fetched_tiles.k[stage].rows;
-    return shared_.k_tiles[stage].rows;
+    if constexpr (variant.widens())
+      return shared_.fetched_k_tiles.tiles[stage].rows;
+    else
+      return shared_.k_tiles[stage].rows;
   }
   __device__ unsigned char* v_tile(int stage) const {
-    if constexpr (variant.widens()) return shared_.fetched_tiles.v[stage].rows;
-    return shared_.v_tiles[stage].rows;
+    if constexpr (variant.prepares())
+      return shared_.fetched_v_tiles.tiles[stage].rows;
+    else
+      return shared_.v_tiles[stage].rows;
   }
 
   /// Consumers that score ahead wait for the keys of the next block, be there one or not.
@@ -143,7 +154,7 @@ class ForwardLoader {
         if (n <= begin && !found) found = locate_next(blocks);
       }
       // Keys are fetched ahead of values, unless there is no room for them until values are there.
-      constexpr bool ahead = stages > 1;
+      constexpr bool ahead = k_stages > 1;
       const auto load_values = [&] {
         if (n == last || !loads_values()) return;
         if constexpr (loads_all) {
@@ -253,9 +264,9 @@ class ForwardLoader {
   }
 
   __device__ void load_k(const TileWork& work, int n, const KeyPlaces& places) {
-    rings().k.empty[next_.stage()].wait(next_.parity() ^ 1);
+    k_ring().empty[next_.stage()].wait(next_.parity() ^ 1);
     unsigned char* const tile = k_tile(next_.stage());
-    ptx::Mbarrier& full = rings().k.full[next_.stage()];
+    ptx::Mbarrier& full = k_ring().full[next_.stage()];
     if constexpr (variant.gather) {
       gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
     } else {
@@ -263,14 +274,15 @@ class ForwardLoader {
     }
   }
 
-  __device__ void load_v(const TileWork& work, int n, const KeyPlaces& places, RingPlace<stages> place) {
-    rings().v.empty[place.stage()].wait(place.parity() ^ 1);
+  __device__ void load_v(const TileWork& work, int n, const KeyPlaces& places, Place place_of_keys) {
+    const auto place = place_of_keys.template in<v_stages>();
+    v_ring().empty[place.stage()].wait(place.parity() ^ 1);
     unsigned char* const tile = v_tile(place.stage());
-    ptx::Mbarrier& full = rings().v.full[place.stage()];
+    ptx::Mbarrier& full = v_ring().full[place.stage()];
     if constexpr (variant.gather) {
       gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile, full);
     } else {
-      const bool clears = !variant.widens() && !variant.stream() && fetches_unseen(work, n);
+      const bool clears = !variant.prepares() && !variant.stream() && fetches_unseen(work, n);
       fetch<variant.head_dim_v>(reads_once(work), tile, a_.v, clears ? shared_.v_fetched : full, v_bytes, work.head_k,
                                 places);
       if (clears) clear_unseen(work, n, tile, full);
@@ -331,7 +343,7 @@ class ForwardLoader {
   ForwardShared<variant>& shared_;
   Gather gather_;
   RingPlace<ForwardShared<variant>::work_stages> work_;
-  RingPlace<stages> next_;  ///< of the blocks that this warp fetches: where it fetches both, of the keys
+  Place next_;  ///< of the blocks that this warp fetches: where it fetches both, of the keys
   unsigned v_fetched_parity_ = 0;
 };
 

@@ -21,21 +21,14 @@ struct SharedWeights<variant, true> {
   TileBuffer<variant.p_bytes()> tile;
 };
 
-/// Blocks as they are fetched, where they are widened before they are consumed, and their barriers.
-template <ForwardVariant variant, bool needed = variant.widens()>
-struct FetchedTiles {};
-template <ForwardVariant variant, bool needed = variant.widens()>
-struct FetchedRings {};
+/// Blocks of keys or of values, each of so many bytes.
+template <int stages, int bytes>
+struct Blocks {
+  TileBuffer<bytes> tiles[stages];
+};
 
-template <ForwardVariant variant>
-struct FetchedTiles<variant, true> {
-  TileBuffer<variant.fetched_k_bytes()> k[variant.fetched_stages];
-  TileBuffer<variant.fetched_v_bytes()> v[variant.fetched_stages];
-};
-template <ForwardVariant variant>
-struct FetchedRings<variant, true> {
-  RingBarriers<variant.fetched_stages> k, v;
-};
+template <int stages>
+struct Blocks<stages, 0> {};
 
 /// Results of warps with keys of their own, until they are merged.
 template <ForwardVariant variant, bool needed = variant.stream()>
@@ -54,20 +47,24 @@ struct ForwardShared {
   TileBuffer<variant.q_bytes()> q_tiles[variant.q_stages];
   TileBuffer<variant.k_bytes()> k_tiles[variant.stages];
   TileBuffer<variant.v_bytes()> v_tiles[variant.stages];
-  [[no_unique_address]] FetchedTiles<variant> fetched_tiles;
+  // As they are fetched, where they are prepared before they are consumed.
+  [[no_unique_address]] Blocks<variant.fetched_stages, variant.fetched_k_bytes()> fetched_k_tiles;
+  [[no_unique_address]] Blocks<variant.fetched_stages, variant.fetched_v_bytes()> fetched_v_tiles;
   [[no_unique_address]] SharedWeights<variant> weights;
+  [[no_unique_address]] Blocks<1, variant.carried_shared_bytes()> carried_sums;
   [[no_unique_address]] WarpResults<variant> warp_results;
   alignas(16) TileWork works[work_stages];
   TileScales scales[variant.scaled() ? work_stages : 1];  ///< of these, where keys are e4m3
   // What each row of each consumer sees, where some of its keys are hidden.
   KeyRange visible[variant.stream() ? 1 : 64 * variant.warpgroups];
-  // Of rows, by each of the consumers that have them in common: what its weights are relative to, and their sums.
-  float references[variant.wide ? 64 * variant.warpgroups : 1];
+  // Of rows, by each of the consumers that have them in common: what its weights are relative to, and their sums. The
+  // former of carried sums, too.
+  float references[variant.wide || variant.e4m3 ? 64 * variant.warpgroups : 1];
   float weight_sums[variant.wide ? 64 * variant.warpgroups : 1];
   int merges[variant.row_groups()];  ///< whether the parts of some rows are all done
   RingBarriers<variant.q_stages> q;
   RingBarriers<variant.stages> k, v;
-  [[no_unique_address]] FetchedRings<variant> fetched;
+  RingBarriers<variant.prepares() ? variant.fetched_stages : 1> fetched_k, fetched_v;  ///< likewise
   RingBarriers<work_stages> work;
   ptx::Mbarrier begun;      ///< a tile: the next may be taken
   ptx::Mbarrier readable;   ///< is all memory: earlier kernels have ended
@@ -77,18 +74,16 @@ struct ForwardShared {
   __device__ void init() {
     constexpr int producers = variant.gather ? variant.loader_warps() * 32 : 1;
     constexpr int consumer_warps = 4 * variant.warpgroups;
-    constexpr int wideners = variant.widener_warps();
+    constexpr int preparers = variant.preparer_warps();
     // Where threads write what others read as threads do, each lane arrives for what it has read itself.
     constexpr int block_consumers = consumer_warps * (variant.stream() && variant.gather ? 32 : 1);
-    q.init(variant.widens_queries() ? wideners : producers, block_consumers);
-    k.init(variant.widens() ? wideners : producers, block_consumers);
-    v.init(variant.widens() ? wideners : producers, block_consumers);
-    if constexpr (variant.widens()) {
-      constexpr int readers = variant.gather ? 32 * wideners : wideners;
-      fetched.k.init(producers, readers);
-      fetched.v.init(producers, readers);
-    }
-    work.init(1, 32 * (variant.loader_warps() + wideners + consumer_warps));
+    q.init(variant.widens_queries() ? preparers : producers, block_consumers);
+    k.init(variant.widens() ? preparers : producers, block_consumers);
+    v.init(variant.prepares() ? preparers : producers, block_consumers);
+    constexpr int readers = variant.gather ? 32 * preparers : preparers;
+    if constexpr (variant.widens()) fetched_k.init(producers, readers);
+    if constexpr (variant.prepares()) fetched_v.init(producers, readers);
+    work.init(1, 32 * (variant.loader_warps() + preparers + consumer_warps));
     begun.init(1);
     readable.init(1);
     v_fetched.init(1);

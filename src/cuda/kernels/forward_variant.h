@@ -8,7 +8,7 @@ namespace mate::cuda {
 
 /// Tiles in shared memory are chunks of rows of 128 bytes, as the copy engine swizzles them.
 inline constexpr int chunk_row_bytes = 128;
-/// Columns of a chunk of elements that are multiplied, which have 16 bits.
+/// Columns of a chunk of elements of 16 bits.
 inline constexpr int chunk_columns = chunk_row_bytes / 2;
 
 /// Shared memory of a block of threads.
@@ -31,8 +31,9 @@ struct TensorTypes {
   ElementType key = ElementType::bfloat16;    ///< of k and v
   ElementType out = ElementType::bfloat16;
 
-  /// What is multiplied: e4m3 is widened without loss.
-  constexpr ElementType product() const { return query == ElementType::float8_e4m3 ? ElementType::float16 : query; }
+  constexpr bool all_e4m3() const { return query == ElementType::float8_e4m3 && key == ElementType::float8_e4m3; }
+  /// What e4m3 is widened to, without loss, and what is multiplied then.
+  constexpr ElementType widened() const { return query == ElementType::float8_e4m3 ? ElementType::float16 : query; }
 };
 
 struct ForwardVariant {
@@ -42,7 +43,7 @@ struct ForwardVariant {
   int warpgroups = 0;  ///< consumers, each with 64 rows of the tile (wide: with half of the columns of the same rows)
   int block_keys = 0;  ///< keys of a block
   int stages = 0;      ///< blocks of keys, and of values, in shared memory
-  int fetched_stages = 0;  ///< likewise of e4m3, before they are widened
+  int fetched_stages = 0;  ///< likewise of e4m3, before they are prepared
   int q_stages = 0;        ///< tiles of queries in shared memory
   Scores scores = Scores::products;
   bool gather = false;  ///< rows are loaded one by one, whatever their alignment; else by tensor maps
@@ -50,6 +51,7 @@ struct ForwardVariant {
   bool wide = false;    ///< the kernel of wide.h
   int stream_rows = 0;  ///< rows of a tile of the kernel of stream.h; 0: another kernel, that of forward.h or wide.h
   bool qv = false;      ///< scores are of values too (wide)
+  bool e4m3 = false;    ///< e4m3 is multiplied as it is, and by weights of e4m3; else it is widened
 
   constexpr bool stream() const { return stream_rows > 0; }
   /// Whether all query rows of a unit of heads, in any sequence, are one tile: decoding.
@@ -64,43 +66,62 @@ struct ForwardVariant {
   constexpr int tile_rows() const { return stream() ? stream_rows : 64 * row_groups(); }
   constexpr Tiling tiling(int pack) const { return {tile_rows() / pack * pack, block_keys, pack}; }
   /// What is multiplied.
-  constexpr ElementType element() const { return stream() ? ElementType::float16 : types.product(); }
+  constexpr ElementType element() const {
+    return e4m3 ? ElementType::float8_e4m3 : stream() ? ElementType::float16 : types.widened();
+  }
   /// Keys and values are e4m3: tensors that come with scales.
   constexpr bool scaled() const { return types.key == ElementType::float8_e4m3; }
   /// Keys and values, and queries, are e4m3, which is widened in shared memory.
-  constexpr bool widens() const { return scaled() && !stream(); }
-  constexpr bool widens_queries() const { return types.query == ElementType::float8_e4m3 && !stream(); }
+  constexpr bool widens() const { return scaled() && !stream() && !e4m3; }
+  constexpr bool widens_queries() const { return types.query == ElementType::float8_e4m3 && !stream() && !e4m3; }
+  /// Values are transposed in shared memory: products of e4m3 take only what lies along the sum.
+  constexpr bool transposes() const { return e4m3; }
+  /// Sums of products of e4m3 are set aside as often: see carried_sums.h. In shared memory, if they fit there.
+  constexpr int blocks_between_carries() const { return (carries_in_shared() ? 1024 : 2048) / block_keys; }
+  constexpr bool carries_in_shared() const { return head_dim_v <= 128; }
+  /// Of a block of threads.
+  constexpr int carried_sums() const { return e4m3 ? tile_rows() * head_dim_v : 0; }
+  constexpr int carried_shared_bytes() const {
+    return carries_in_shared() ? carried_sums() * static_cast<int>(sizeof(float)) : 0;
+  }
+  /// Values, at least, are not multiplied as they are fetched.
+  constexpr bool prepares() const { return widens() || transposes(); }
   /// One consumer, which may wait for nothing but memory: producers are the more.
   constexpr bool awaits_memory() const { return warpgroups == 1; }
-  /// Of the scheduler, the loaders and the wideners.
+  /// Of the scheduler, the loaders and the preparers.
   constexpr int producer_warpgroups() const {
     if (widens()) return awaits_memory() ? 3 : wide || (head_dim <= 128 && head_dim_v <= 128) ? 2 : 1;
     return gather && awaits_memory() ? 2 : 1;
   }
   /// They are the last warps of the producers.
-  constexpr int widener_warps() const {
-    if (!widens()) return 0;
+  constexpr int preparer_warps() const {
+    if (!prepares()) return 0;
     return producer_warpgroups() > 1 ? 4 * (producer_warpgroups() - 1) : gather ? 1 : 2;
   }
-  /// Rows are gathered by all producers but the scheduler and the wideners.
+  /// Rows are gathered by all producers but the scheduler and the preparers.
   constexpr int loader_warps() const {
-    const int rest = 4 * producer_warpgroups() - 1 - widener_warps();
+    const int rest = 4 * producer_warpgroups() - 1 - preparer_warps();
     return gather || rest < 2 ? rest : 2;
   }
   constexpr int threads() const { return 128 * (warpgroups + producer_warpgroups()); }
   // Bytes of an element in tiles that consumers take.
-  constexpr int query_bytes() const { return stream() ? bytes_of(types.query) : 2; }
-  constexpr int key_bytes() const { return stream() ? bytes_of(types.key) : 2; }
+  constexpr int query_bytes() const { return bytes_of(stream() ? types.query : element()); }
+  constexpr int key_bytes() const { return bytes_of(stream() ? types.key : element()); }
   /// Of a row of q and, behind it, qv.
   constexpr int q_chunks() const {
     return chunks_of(head_dim, query_bytes()) + (qv ? chunks_of(head_dim_v, query_bytes()) : 0);
   }
   constexpr int q_bytes() const { return tile_rows() * q_chunks() * chunk_row_bytes; }
   constexpr int k_bytes() const { return block_keys * chunks_of(head_dim, key_bytes()) * chunk_row_bytes; }
-  constexpr int v_bytes() const { return block_keys * chunks_of(head_dim_v, key_bytes()) * chunk_row_bytes; }
-  /// Of blocks before they are widened.
-  constexpr int fetched_k_bytes() const { return block_keys * chunks_of(head_dim, 1) * chunk_row_bytes; }
-  constexpr int fetched_v_bytes() const { return block_keys * chunks_of(head_dim_v, 1) * chunk_row_bytes; }
+  constexpr int v_bytes() const {
+    return transposes() ? head_dim_v * chunks_of(block_keys, key_bytes()) * chunk_row_bytes
+                        : block_keys * chunks_of(head_dim_v, key_bytes()) * chunk_row_bytes;
+  }
+  /// Of blocks before they are prepared.
+  constexpr int fetched_k_bytes() const { return widens() ? block_keys * chunks_of(head_dim, 1) * chunk_row_bytes : 0; }
+  constexpr int fetched_v_bytes() const {
+    return prepares() ? block_keys * chunks_of(head_dim_v, 1) * chunk_row_bytes : 0;
+  }
   constexpr int fetched_bytes() const { return fetched_stages * (fetched_k_bytes() + fetched_v_bytes()); }
   /// Of weights, where consumers have them in common.
   constexpr int p_bytes() const { return wide ? tile_rows() * chunks_of(block_keys) * chunk_row_bytes : 0; }
@@ -112,19 +133,20 @@ struct ForwardVariant {
     return stream() ? stream_warps() * tile_rows() * sums_pitch() * static_cast<int>(sizeof(float)) : 0;
   }
   /// Beside the tiles: barriers, what the scheduler says of a tile, and what its rows see.
-  constexpr int other_shared_bytes() const { return wide && widens() ? 4096 : 3072; }
+  constexpr int other_shared_bytes() const { return (wide && widens()) || (e4m3 && warpgroups == 3) ? 4096 : 3072; }
   constexpr int tile_bytes() const { return most_shared_bytes - other_shared_bytes(); }
   constexpr int shared_bytes() const {
     return q_stages * q_bytes() + stages * (k_bytes() + v_bytes()) + fetched_bytes() + p_bytes() + warp_sums_bytes() +
-           other_shared_bytes();
+           carried_shared_bytes() + other_shared_bytes();
   }
   // Registers of a thread. A block starts with as many for all its threads; what the producers give up the consumers
   // take. With one consumer there are enough for all.
   constexpr bool moves_registers() const { return threads() > 256; }
   constexpr int registers_at_start() const { return moves_registers() ? 64 * 1024 / threads() / 8 * 8 : 248; }
   constexpr int producer_registers() const {
-    if (warpgroups == 3) return 32;
+    if (warpgroups == 3) return transposes() ? 56 : 32;
     if (wide && widens()) return 80;
+    if (transposes()) return splits ? 88 : gather ? 72 : 56;
     return gather || splits || (widens() && producer_warpgroups() == 1) ? 88 : 40;
   }
   /// Of warpgroups of producers beside the first.

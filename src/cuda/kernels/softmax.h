@@ -98,11 +98,13 @@ __device__ inline float finish_softmax(float exponent, float sum, float sink, fl
   return with_sink;
 }
 
-/// Weights are 2**(scale * score - scale * reference), where the reference of a row is its largest score so far: the
-/// weight that counts most is 1, which loses nothing when it is rounded.
+/// Weights are 2**(scale * score - exponent), where a row's exponent is that of its reference, its largest score so
+/// far, less that of the largest weight: the weight that counts most is a power of two, which loses nothing when it is
+/// rounded.
 class OnlineSoftmax {
  public:
-  __device__ explicit OnlineSoftmax(float scale) : scale_(scale) {
+  __device__ explicit OnlineSoftmax(float scale, float largest_exponent = 0)
+      : scale_(scale), largest_exponent_(largest_exponent) {
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
       reference_[i] = -infinity();
@@ -135,6 +137,10 @@ class OnlineSoftmax {
     return exceeds;
   }
   __device__ float reference(int i) const { return reference_[i]; }
+  /// What sums of row i are to be multiplied by whose weights are relative to a reference of before.
+  __device__ float rescale_since(int i, float reference) const {
+    return reference_[i] > reference ? exp2_approximately((reference - reference_[i]) * scale_) : 1;
+  }
 
   /// The sum of row i's weights, which may then be replaced by that of more keys.
   __device__ float sum(int i) const { return quad_sum(sum_[i]); }
@@ -142,21 +148,23 @@ class OnlineSoftmax {
 
   /// Ends the sums: see finish_softmax().
   __device__ float finish(int i, float sink, float& share) const {
-    return finish_softmax(reference_[i] * scale_, sum(i), sink, share);
+    return finish_softmax(exponent(i), sum(i), sink, share);
   }
 
   /// What is to be merged with other sums: the exponent of 2 that row i's weights are relative to, and their sum.
   __device__ float2 partial(int i) const {
-    const float exponent = reference_[i] == -infinity() ? -infinity() : reference_[i] * scale_;
-    return make_float2(exponent, sum(i));
+    return make_float2(reference_[i] == -infinity() ? -infinity() : exponent(i), sum(i));
   }
 
  private:
+  __device__ float exponent(int i) const { return fmaf(reference_[i], scale_, -largest_exponent_); }
+
   /// From now on weights of row i are relative to `largest`, if that exceeds all before: then it returns true.
   __device__ bool raise_reference(int i, float largest, float& rescale) {
-    const bool exceeds = largest > reference_[i];
-    rescale = exceeds ? exp2_approximately((reference_[i] - largest) * scale_) : 1;
-    reference_[i] = exceeds ? largest : reference_[i];
+    const float before = reference_[i];
+    const bool exceeds = largest > before;
+    reference_[i] = exceeds ? largest : before;
+    rescale = rescale_since(i, before);
     return exceeds;
   }
 
@@ -165,7 +173,7 @@ class OnlineSoftmax {
   template <int keys>
   __device__ bool weigh_row(float (&scores)[keys / 2], int i, float largest, float& rescale) {
     const bool exceeds = raise_reference(i, largest, rescale);
-    const float subtrahend = reference_[i] == -infinity() ? 0 : reference_[i] * scale_;
+    const float subtrahend = reference_[i] == -infinity() ? 0 : exponent(i);
     float sum[2] = {sum_[i] * rescale, 0};
 #pragma unroll
     for (int j = 0; j < keys / 8; ++j) {
@@ -193,6 +201,7 @@ class OnlineSoftmax {
   }
 
   float scale_;
+  float largest_exponent_;
   float reference_[rows_of_thread];
   float sum_[rows_of_thread];
 };

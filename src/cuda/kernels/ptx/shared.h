@@ -40,6 +40,15 @@ __device__ inline void store_matrices(unsigned shared_address, const unsigned (&
                : "memory");
 }
 
+/// A warp loads four matrices of 8 by 8 elements of 16 bits, each transposed (ldmatrix): lane l gets of matrix i the
+/// elements of column l / 4 in rows 2 (l % 4) and the next. Lane l passes where row l % 8 of matrix l / 8 begins.
+__device__ inline void load_matrices_transposed(unsigned shared_address, unsigned (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address)
+               : "memory");
+}
+
 /// Sets how many registers each thread of this warpgroup has: the whole warpgroup calls it.
 template <int registers>
 __device__ inline void give_up_registers() {

@@ -1,4 +1,4 @@
-// Matrix products of a warpgroup (wgmma): 64 rows, K = 16, operands in 16-bit floating point, sums in float32.
+// Matrix products of a warpgroup (wgmma): 64 rows, K = 16 of elements of 16 bits, or 32 of e4m3; sums in float32.
 //
 // The products run on their own while the threads go on: fence() before the first of a group where registers it uses
 // were written, commit() after the last, wait<n>() until at most n groups are still running, and hold() on whatever
@@ -81,29 +81,31 @@ __device__ inline unsigned advance(unsigned matrix, int bytes) { return matrix +
 #define MATE_TEXT_16 MATE_TEXT_15 ", %120, %121, %122, %123, %124, %125, %126, %127"
 
 // One instruction: N = 16 * count, and the numbers of the operands that come after the accumulator's.
-#define MATE_WGMMA_SHARED(type, n, count, a, b, go, by_n)                                                        \
+#define MATE_WGMMA_SHARED(k, type, n, count, a, b, go, order)                                                    \
   asm volatile("{\n" MATE_DESCRIPTOR("a", a) MATE_DESCRIPTOR(                                                    \
-                   "b", b) ".reg .pred go;\nsetp.ne.b32 go, %" go ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n   \
-                           "k16.f32." type "." type " {" MATE_TEXT_##count "}, a, b, go, 1, 1, 0, %" by_n ";\n}" \
+                   "b", b) ".reg .pred go;\nsetp.ne.b32 go, %" go ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n k \
+                           ".f32." type "." type " {" MATE_TEXT_##count "}, a, b, go, 1, 1" order ";\n}"         \
                : MATE_OUT_##count                                                                                \
                : "r"(a_matrix), "r"(b_matrix), "r"(accumulate), "n"(b_major == Major::mn))
-#define MATE_WGMMA_REGISTERS(type, n, count, a0, a1, a2, a3, b)                                              \
-  asm volatile("{\n" MATE_DESCRIPTOR("b", b) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
-                                             " {" MATE_TEXT_##count "}, {%" a0 ", %" a1 ", %" a2 ", %" a3    \
-                                                                    "}, b, 1, 1, 1, 1;\n}"                   \
-               : MATE_OUT_##count                                                                            \
+#define MATE_WGMMA_REGISTERS(k, type, n, count, a0, a1, a2, a3, b, order)                                   \
+  asm volatile("{\n" MATE_DESCRIPTOR("b", b) "wgmma.mma_async.sync.aligned.m64n" #n k ".f32." type "." type \
+                                             " {" MATE_TEXT_##count "}, {%" a0 ", %" a1 ", %" a2 ", %" a3   \
+                                                                    "}, b, 1, 1, 1" order ";\n}"            \
+               : MATE_OUT_##count                                                                           \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_matrix))
 
-/// d (64, n) = a (64, 16) b (n, 16)^T, plus d where `accumulate`: both in shared memory, K-major unless b is MN-major.
-/// d is the registers of an accumulator from `first` on.
+/// d (64, n) = a (64, K) b (n, K)^T, plus d where `accumulate`: both in shared memory, K-major unless b, of 16 bits, is
+/// MN-major. d is the registers of an accumulator from `first` on.
 template <ElementType element, int n, Major b_major = Major::k, int first = 0, int size>
 __device__ inline void wgmma(float (&d)[size], unsigned a_matrix, unsigned b_matrix, int accumulate) {
   static_assert(n % 16 == 0 && n >= 16 && n <= 256 && first + n / 2 <= size);
-#define MATE_CASE(size, count, a, b, go, by_n)                         \
-  if constexpr (n == size && element == ElementType::bfloat16) {       \
-    MATE_WGMMA_SHARED("bf16", size, count, a, b, go, by_n);            \
-  } else if constexpr (n == size && element == ElementType::float16) { \
-    MATE_WGMMA_SHARED("f16", size, count, a, b, go, by_n);             \
+#define MATE_CASE(size, count, a, b, go, by_n)                              \
+  if constexpr (n == size && element == ElementType::bfloat16) {            \
+    MATE_WGMMA_SHARED("k16", "bf16", size, count, a, b, go, ", 0, %" by_n); \
+  } else if constexpr (n == size && element == ElementType::float16) {      \
+    MATE_WGMMA_SHARED("k16", "f16", size, count, a, b, go, ", 0, %" by_n);  \
+  } else if constexpr (n == size) {                                         \
+    MATE_WGMMA_SHARED("k32", "e4m3", size, count, a, b, go, "");            \
   }
   MATE_CASE(16, 1, "8", "9", "10", "11")
   MATE_CASE(32, 2, "16", "17", "18", "19")
@@ -124,15 +126,17 @@ __device__ inline void wgmma(float (&d)[size], unsigned a_matrix, unsigned b_mat
 #undef MATE_CASE
 }
 
-/// d (64, n) += a (64, 16) b (16, n): a in registers, b in shared memory, MN-major; d likewise.
+/// d (64, n) += a (64, K) b (K, n): a in registers, b in shared memory, MN-major, or of e4m3, K-major; d likewise.
 template <ElementType element, int n, int first = 0, int size>
 __device__ inline void wgmma(float (&d)[size], const unsigned* a, unsigned b_matrix) {
   static_assert(n % 16 == 0 && n >= 16 && n <= 256 && first + n / 2 <= size);
-#define MATE_CASE(size, count, a0, a1, a2, a3, b)                      \
-  if constexpr (n == size && element == ElementType::bfloat16) {       \
-    MATE_WGMMA_REGISTERS("bf16", size, count, a0, a1, a2, a3, b);      \
-  } else if constexpr (n == size && element == ElementType::float16) { \
-    MATE_WGMMA_REGISTERS("f16", size, count, a0, a1, a2, a3, b);       \
+#define MATE_CASE(size, count, a0, a1, a2, a3, b)                               \
+  if constexpr (n == size && element == ElementType::bfloat16) {                \
+    MATE_WGMMA_REGISTERS("k16", "bf16", size, count, a0, a1, a2, a3, b, ", 1"); \
+  } else if constexpr (n == size && element == ElementType::float16) {          \
+    MATE_WGMMA_REGISTERS("k16", "f16", size, count, a0, a1, a2, a3, b, ", 1");  \
+  } else if constexpr (n == size) {                                             \
+    MATE_WGMMA_REGISTERS("k32", "e4m3", size, count, a0, a1, a2, a3, b, "");    \
   }
   MATE_CASE(16, 1, "8", "9", "10", "11", "12")
   MATE_CASE(32, 2, "16", "17", "18", "19", "20")

@@ -1,26 +1,29 @@
-// The wideners of the forward kernel: warps that make elements of 16 bits, which are multiplied, of e4m3.
+// The preparers of the forward kernel: warps that make what is multiplied of what is fetched, where that is e4m3.
 //
-// | who      | does                                                                | waits for       | tells           |
-// | -------- | ------------------------------------------------------------------- | --------------- | --------------- |
-// | loaders  | fetch a block of keys, or of values, as it is                       | fetched.*.empty | fetched.*.full  |
-// | wideners | widen it, without values that no row sees, which may be NaN         | fetched.*.full, | k.full, v.full, |
-// |          |                                                                     | k.empty,v.empty | fetched.*.empty |
-// |          | fetch and widen the tile's queries, if they are e4m3                | q.empty         | q.full          |
+// | who       | does                                                               | waits for       | tells           |
+// | --------- | ------------------------------------------------------------------ | --------------- | --------------- |
+// | loaders   | fetch a block of values, or of keys, as it is                      | fetched_*.empty | fetched_*.full  |
+// | preparers | widen or transpose it, without values that no row sees, which may  | fetched_*.full, | v.full, k.full, |
+// |           | be NaN                                                             | v.empty,k.empty | fetched_*.empty |
+// |           | fetch and widen the tile's queries, if they are e4m3               | q.empty         | q.full          |
 //
-// So consumers find what they would if the tensors were of 16 bits, and memory is read at half the cost.
+// Where elements of 16 bits are multiplied, everything is widened: consumers find what they would if the tensors were
+// of 16 bits, and memory is read at half the cost. Where e4m3 is multiplied, only values are changed: they have to lie
+// along the keys, which the matrix units transpose for elements of 16 bits alone.
 #pragma once
 
 #include "forward_shared.h"
 #include "load.h"
 #include "tile_rows.h"
+#include "transpose.h"
 #include "widen.h"
 
 namespace mate::cuda {
 
 template <ForwardVariant variant>
-class Widener {
+class Preparer {
  public:
-  __device__ Widener(const ForwardArguments& arguments, ForwardShared<variant>& shared)
+  __device__ Preparer(const ForwardArguments& arguments, ForwardShared<variant>& shared)
       : a_(arguments), shared_(shared) {}
 
   __device__ void run() {
@@ -28,10 +31,10 @@ class Widener {
       shared_.work.full[work_.stage()].wait(work_.parity());
       const TileWork& work = shared_.works[work_.stage()];
       if (work.sequence < 0) break;
-      widen(work);
+      prepare(work);
       shared_.work.empty[work_.stage()].arrive();
     }
-    if constexpr (!variant.wide) {
+    if constexpr (variant.widens() && !variant.wide) {
       // Consumers that score ahead wait for the keys of the next block, be there one or not.
       shared_.k.empty[next_.stage()].wait(next_.parity() ^ 1);
       if (first_lane()) shared_.k.full[next_.stage()].arrive();
@@ -41,6 +44,18 @@ class Widener {
  private:
   using Place = RingPlace<variant.stages>;
 
+  __device__ void prepare(const TileWork& work) {
+    if constexpr (variant.widens()) {
+      widen(work);
+    } else {
+#pragma unroll 1
+      for (int n = work.blocks.end - 1; n >= work.blocks.begin; --n) {
+        prepare_values(work, n, next_);
+        next_.advance();
+      }
+    }
+  }
+
   /// A tile's queries, and its blocks: keys ahead of values, unless there is no room for them until values are there.
   __device__ void widen(const TileWork& work) {
     constexpr bool ahead = variant.stages > 1;
@@ -48,45 +63,74 @@ class Widener {
 #pragma unroll 1
     for (int n = last; n >= work.blocks.begin - 1; --n) {
       const bool has_keys = n >= work.blocks.begin;
-      if (!ahead && n < last) widen_values(work, n + 1, next_.before(1));
+      if (!ahead && n < last) prepare_values(work, n + 1, next_.before(1));
       if (has_keys) {
-        const auto keys = [](int) { return true; };
-        widen_block<variant.head_dim>(shared_.fetched.k, shared_.fetched_tiles.k, shared_.k, shared_.k_tiles, next_,
-                                      keys);
+        prepare_block(shared_.fetched_k, shared_.fetched_k_tiles.tiles, shared_.k, shared_.k_tiles, next_,
+                      [&](const unsigned char* from, unsigned char* to) {
+                        widen_block<variant.head_dim>(from, to, [](int) { return true; });
+                      });
         next_.advance();
       }
-      if (ahead && n < last) widen_values(work, n + 1, next_.before(has_keys ? 2 : 1));
+      if (ahead && n < last) prepare_values(work, n + 1, next_.before(has_keys ? 2 : 1));
       if (variant.widens_queries() && n == last) widen_queries(work);
     }
   }
 
-  __device__ void widen_values(const TileWork& work, int n, Place place) {
+  __device__ void prepare_values(const TileWork& work, int n, Place place) {
     const int begin = work.seen.begin - n * variant.block_keys;
     const int end = work.seen.end - n * variant.block_keys;
-    widen_block<variant.head_dim_v>(shared_.fetched.v, shared_.fetched_tiles.v, shared_.v, shared_.v_tiles, place,
-                                    [&](int row) { return row >= begin && row < end; });
+    prepare_block(shared_.fetched_v, shared_.fetched_v_tiles.tiles, shared_.v, shared_.v_tiles, place,
+                  [&](unsigned char* from, unsigned char* to) {
+                    if constexpr (variant.transposes()) {
+                      if (!variant.gather && (begin > 0 || end < variant.block_keys)) clear_unseen(from, begin, end);
+                      Transposed::run(from, to, warp());
+                    } else {
+                      widen_block<variant.head_dim_v>(from, to, [&](int row) { return row >= begin && row < end; });
+                    }
+                  });
   }
 
-  /// `is_needed(row)`: else it becomes zeros.
-  template <int padded, typename FetchedTile, typename WidenedTile, typename IsNeeded>
-  __device__ void widen_block(RingBarriers<variant.fetched_stages>& fetched, FetchedTile* fetched_tiles,
-                              RingBarriers<variant.stages>& widened, WidenedTile* widened_tiles, Place to,
-                              const IsNeeded& is_needed) {
-    constexpr int rows = variant.block_keys;
+  using Transposed = Transposition<variant.block_keys, variant.head_dim_v, variant.preparer_warps()>;
+
+  /// Clears rows before `begin` and from `end` on, of the columns that this warp transposes.
+  __device__ static void clear_unseen(unsigned char* tile, int begin, int end) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll 1
+    for (int piece = Transposed::first_piece(warp()); piece < Transposed::end_piece(warp()); ++piece) {
+#pragma unroll 1
+      for (int row = lane; row < variant.block_keys; row += 32) {
+        if (row >= begin && row < end) continue;
+        *reinterpret_cast<uint4*>(tile + piece_offset<variant.block_keys>(row, piece)) = uint4{};
+      }
+    }
+    __syncwarp();
+  }
+
+  /// `change(from, to)` makes of a block that is fetched what is consumed.
+  template <typename FetchedTile, typename Tile, typename Change>
+  __device__ void prepare_block(RingBarriers<variant.fetched_stages>& fetched, FetchedTile* fetched_tiles,
+                                RingBarriers<variant.stages>& prepared, Tile* prepared_tiles, Place to,
+                                const Change& change) {
     const auto from = to.template in<variant.fetched_stages>();
     fetched.full[from.stage()].wait(from.parity());
-    widened.empty[to.stage()].wait(to.parity() ^ 1);
-    const unsigned char* const source = fetched_tiles[from.stage()].rows;
-    widen_rows<rows, padded, true>(widened_tiles[to.stage()].rows, [&](int row, int piece) {
-      const uint4 narrow = *reinterpret_cast<const uint4*>(source + piece_offset<rows>(row, piece));
-      return is_needed(row) ? narrow : uint4{};
-    });
-    announce(widened.full[to.stage()]);
+    prepared.empty[to.stage()].wait(to.parity() ^ 1);
+    change(fetched_tiles[from.stage()].rows, prepared_tiles[to.stage()].rows);
+    announce(prepared.full[to.stage()]);
     if (variant.gather) {
       fetched.empty[from.stage()].arrive();
     } else {
       release(fetched.empty[from.stage()]);
     }
+  }
+
+  /// `is_needed(row)`: else it becomes zeros.
+  template <int padded, typename IsNeeded>
+  __device__ void widen_block(const unsigned char* from, unsigned char* to, const IsNeeded& is_needed) const {
+    constexpr int rows = variant.block_keys;
+    widen_rows<rows, padded, true>(to, [&](int row, int piece) {
+      const uint4 narrow = *reinterpret_cast<const uint4*>(from + piece_offset<rows>(row, piece));
+      return is_needed(row) ? narrow : uint4{};
+    });
   }
 
   __device__ void widen_queries(const TileWork& work) {
@@ -129,14 +173,12 @@ class Widener {
     constexpr int lanes_of_row = pieces <= 4 ? 4 : 8;
     constexpr int steps = group * lanes_of_row / 32;
     // What follows from the thread is not worth registers all along.
-    const int thread = ptx::known_only_here(static_cast<int>(threadIdx.x));
-    const int warp = thread / 32 - (4 * variant.producer_warpgroups() - variant.widener_warps());
-    const int lane = thread % 32;
+    const int lane = ptx::known_only_here(static_cast<int>(threadIdx.x % 32));
     // Lanes that read or write at one time are those of one row, or of two whose places differ in all of the swizzle's
     // bits that tell.
     const int row_of_lane = lanes_of_row == 8 ? lane / 8 : lane / 8 ^ (lane / 4 % 2 * 5);
 #pragma unroll 1
-    for (int first = warp * group; first < rows; first += variant.widener_warps() * group) {
+    for (int first = warp() * group; first < rows; first += variant.preparer_warps() * group) {
 #pragma unroll(unrolled ? steps* divide_up(pieces, lanes_of_row) : 1)
       for (int i = 0; i < steps * divide_up(pieces, lanes_of_row); ++i) {
         const int row = first + i % steps * 4 + row_of_lane;
@@ -153,6 +195,12 @@ class Widener {
         *place(!swaps) = swaps ? halves[0] : halves[1];
       }
     }
+  }
+
+  /// Among the preparers.
+  __device__ static int warp() {
+    return ptx::known_only_here(static_cast<int>(threadIdx.x)) / 32 -
+           (4 * variant.producer_warpgroups() - variant.preparer_warps());
   }
 
   const ForwardArguments& a_;
