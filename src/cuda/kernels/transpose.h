@@ -34,13 +34,14 @@ struct Transposition {
     const int column = 2 * row + ((row >= 4) != (lane / 8 % 2 != 0));
     const unsigned target_of_lane = ptx::shared_address(to) + piece_offset<columns>(column, lane / 16);
     const unsigned source_of_lane = ptx::shared_address(from) + piece_offset<keys>(lane, 0);
+    const int end = end_piece(warp);
 #pragma unroll 1
-    for (int first = first_piece(warp); first < end_piece(warp); first += at_once) {
+    for (int first = first_piece(warp); first < end; first += at_once) {
       unsigned sources[at_once];
 #pragma unroll
       for (int j = 0; j < at_once; ++j) {
-        // A warp that has fewer pieces takes the last ones twice.
-        const int piece = min(first + j, pieces - 1);
+        // A warp that has fewer takes its last one again, and never one that another warp clears.
+        const int piece = min(first + j, end - 1);
         sources[j] = (source_of_lane ^ piece % 8 * 16) + piece / 8 * keys * chunk_row_bytes;
       }
 #pragma unroll 1
@@ -58,7 +59,7 @@ struct Transposition {
                                      __byte_perm(pairs[j][0], pairs[j][1], second_column),
                                      __byte_perm(pairs[j][2], pairs[j][3], first_column),
                                      __byte_perm(pairs[j][2], pairs[j][3], second_column)};
-          ptx::store_matrices(target + min(first + j, pieces - 1) * 16 * chunk_row_bytes, words);
+          ptx::store_matrices(target + min(first + j, end - 1) * 16 * chunk_row_bytes, words);
         }
       }
     }
