@@ -257,7 +257,7 @@ KernelSource source_of(const ForwardVariant& v) {
   source.name =
       join(kernel, "_", name_of(v.types), "_d", v.head_dim, "_v", v.head_dim_v, v.qv ? "_qv" : "", "_rows",
            v.tile_rows(), "_keys", v.block_keys, v.scores == Scores::products ? "" : join("_", name_of(v.scores)),
-           v.gather ? "_gather" : "", v.splits ? "_splits" : "");
+           v.widens() ? "_widened" : "", v.gather ? "_gather" : "", v.splits ? "_splits" : "");
   source.text =
       join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
            source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",

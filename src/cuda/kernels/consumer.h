@@ -71,6 +71,18 @@ class Consumer {
     return work_of(tile).begin_of_part(a_.cut, n);
   }
 
+  /// Calls consume_part(blocks) for each part of a tile, the last one first.
+  template <typename ConsumePart>
+  __device__ void for_each_part(TilePlace tile, const ConsumePart& consume_part) {
+    const BlockRange blocks = work_of(tile).blocks;
+#pragma unroll 1
+    for (int end = blocks.end; end > blocks.begin;) {
+      const int begin = begin_of_part(tile, end - 1);
+      consume_part(BlockRange{begin, end});
+      end = begin;
+    }
+  }
+
   /// Tiles are as many as their queries.
   using QueryPlace = RingPlace<variant.q_stages>;
   __device__ static QueryPlace queries_of(TilePlace tile) { return tile.template in<variant.q_stages>(); }

@@ -37,22 +37,31 @@ __device__ inline unsigned pack_e4m3(float first, float second, float third, flo
   return packed;
 }
 
+/// Two elements of e4m3 as float16, the first of which is in the low byte.
+__device__ inline unsigned widen_e4m3(unsigned short pair) {
+  unsigned halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+  return halves;
+}
+
+/// Two elements of float16 as float32.
+__device__ inline float2 widen_halves(unsigned halves) {
+  float2 wide;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(wide.x), "=f"(wide.y)
+      : "r"(halves));
+  return wide;
+}
+
 /// One element of a type that is known when the kernel runs, as float32.
 __device__ inline float widen(const void* element, ElementType type) {
   if (type == ElementType::float32) return *static_cast<const float*>(element);
   if (type == ElementType::float8_e4m3) {
-    float first;
-    asm("{\n.reg .b32 halves;\n.reg .b16 low, high;\ncvt.rn.f16x2.e4m3x2 halves, %1;\nmov.b32 {low, high}, halves;\n"
-        "cvt.f32.f16 %0, low;\n}"
-        : "=f"(first)
-        : "h"(static_cast<unsigned short>(*static_cast<const unsigned char*>(element))));
-    return first;
+    return widen_halves(widen_e4m3(*static_cast<const unsigned char*>(element))).x;
   }
   const auto bits = *static_cast<const unsigned short*>(element);
   if (type == ElementType::bfloat16) return __int_as_float(bits << 16);
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(bits));
-  return wide;
+  return widen_halves(bits).x;
 }
 
 /// Rounds float32 to an element. e4m3 saturates to its largest number, and keeps NaN.

@@ -92,4 +92,15 @@ struct ForwardShared {
   }
 };
 
+/// Tells that this warp has read a buffer as threads do. Where threads have written it, each lane tells for itself.
+template <ForwardVariant variant>
+__device__ inline void release_read(ptx::Mbarrier& empty) {
+  if constexpr (variant.gather) {
+    empty.arrive();
+  } else {
+    __syncwarp();
+    release(empty);
+  }
+}
+
 }  // namespace mate::cuda

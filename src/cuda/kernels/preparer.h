@@ -116,11 +116,7 @@ class Preparer {
     prepared.empty[to.stage()].wait(to.parity() ^ 1);
     change(fetched_tiles[from.stage()].rows, prepared_tiles[to.stage()].rows);
     announce(prepared.full[to.stage()]);
-    if (variant.gather) {
-      fetched.empty[from.stage()].arrive();
-    } else {
-      release(fetched.empty[from.stage()]);
-    }
+    release_read<variant>(fetched.empty[from.stage()]);
   }
 
   /// `is_needed(row)`: else it becomes zeros.

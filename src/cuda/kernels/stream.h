@@ -69,7 +69,6 @@ class StreamConsumer : Consumer<variant> {
   using Consumer<variant>::a_;
   using Consumer<variant>::await;
   using Consumer<variant>::await_queries;
-  using Consumer<variant>::begin_of_part;
   using Consumer<variant>::begin_softmax;
   using Consumer<variant>::find_tile;
   using Consumer<variant>::next_;
@@ -102,15 +101,9 @@ class StreamConsumer : Consumer<variant> {
     Queries queries;
     await_queries(tile);
     load_queries(tile, queries);
-    finish_reading(shared_.q.empty[queries_of(tile).stage()]);
+    release_read<variant>(shared_.q.empty[queries_of(tile).stage()]);
     find_visible(work_of(tile), queries);
-    const BlockRange blocks = work_of(tile).blocks;
-#pragma unroll 1
-    for (int end = blocks.end; end > blocks.begin;) {
-      const int begin = begin_of_part(tile, end - 1);
-      consume_part(tile, queries, {begin, end});
-      end = begin;
-    }
+    this->for_each_part(tile, [&](BlockRange blocks) { consume_part(tile, queries, blocks); });
   }
 
   __device__ void consume_part(TilePlace tile, const Queries& queries, BlockRange blocks) {
@@ -132,7 +125,7 @@ class StreamConsumer : Consumer<variant> {
     float scores[keys / 2];
     await(shared_.k, next_);
     multiply(queries, shared_.k_tiles[next_.stage()].rows + first_row * chunk_row_bytes, scores);
-    finish_reading(shared_.k.empty[next_.stage()]);
+    release_read<variant>(shared_.k.empty[next_.stage()]);
 
     if constexpr (variant.types.query == ElementType::bfloat16) {
 #pragma unroll
@@ -154,7 +147,7 @@ class StreamConsumer : Consumer<variant> {
     unsigned char* const values = shared_.v_tiles[next_.stage()].rows + first_row * chunk_row_bytes;
     if (first_key < work.seen.begin || first_key + keys > work.seen.end) clear_unseen(values, work.seen, first_key);
     add_values(values, scores, sums);
-    finish_reading(shared_.v.empty[next_.stage()]);
+    release_read<variant>(shared_.v.empty[next_.stage()]);
   }
 
   // Rows of this warp in a tile begin where the pattern of a swizzled tile does.
@@ -354,16 +347,6 @@ class StreamConsumer : Consumer<variant> {
                                         __int_as_float(word & 0xffff0000U) * multiplier);
     }
     return divisor;
-  }
-
-  /// Tells that this warp has read a buffer.
-  __device__ static void finish_reading(ptx::Mbarrier& empty) {
-    if constexpr (variant.gather) {
-      empty.arrive();
-    } else {
-      __syncwarp();
-      release(empty);
-    }
   }
 
   int warp_;

@@ -49,7 +49,6 @@ class WideConsumer : Consumer<variant> {
   using Consumer<variant>::a_;
   using Consumer<variant>::await;
   using Consumer<variant>::await_queries;
-  using Consumer<variant>::begin_of_part;
   using Consumer<variant>::begin_softmax;
   using Consumer<variant>::find_tile;
   using Consumer<variant>::group_;
@@ -67,13 +66,7 @@ class WideConsumer : Consumer<variant> {
 
   __device__ void consume(TilePlace tile) {
     await_queries(tile);
-    const BlockRange blocks = work_of(tile).blocks;
-#pragma unroll 1
-    for (int end = blocks.end; end > blocks.begin;) {
-      const int begin = begin_of_part(tile, end - 1);
-      consume_part(tile, {begin, end});
-      end = begin;
-    }
+    this->for_each_part(tile, [&](BlockRange blocks) { consume_part(tile, blocks); });
   }
 
   __device__ void consume_part(TilePlace tile, BlockRange blocks) {

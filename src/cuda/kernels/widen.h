@@ -8,14 +8,10 @@ namespace mate::cuda {
 /// Two elements, the first of which is in the low byte.
 template <ElementType element>
 __device__ inline unsigned widen_pair(unsigned short pair) {
-  unsigned halves;  // float16
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+  const unsigned halves = widen_e4m3(pair);
   if constexpr (element == ElementType::float16) return halves;
-  float first, second;
-  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-      : "=f"(first), "=f"(second)
-      : "r"(halves));
-  return pack<element>(first, second);
+  const float2 wide = widen_halves(halves);
+  return pack<element>(wide.x, wide.y);
 }
 
 /// Sixteen elements, in order.
