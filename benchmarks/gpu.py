@@ -31,7 +31,7 @@ import torch
 from gpu_peers import cudnn, flash_attention_3, takes
 from gpu_timing import events_seconds, issue_seconds
 from measure import Case, Contender, Effort, Group, figure, markdown_table
-from shapes import heads_label, heads_last, random_on_gpu, visible_pairs
+from shapes import E4M3, TYPE_LABELS, heads_label, heads_last, random_on_gpu, visible_pairs
 from tables import group_figures, measured, parse_options, write_json
 
 import mate
@@ -52,6 +52,19 @@ def groups() -> list[Group]:
                 for size in (64, 128, 256)
                 for causal in (False, True)
                 for length in lengths
+            ],
+            "A causal mask counts as half of the work.",
+            events_seconds,
+        ),
+        Group(
+            "prefill-e4m3",
+            f"Prefill, e4m3, {TOKENS} tokens, hidden size {HIDDEN}",
+            "TFLOP/s",
+            [
+                prefill(TOKENS // length, HIDDEN // size, HIDDEN // size, length, size, size, causal, dtype=E4M3)
+                for size in (64, 128, 256)
+                for causal in (False, True)
+                for length in (2048, 8192, 16384)
             ],
             "A causal mask counts as half of the work.",
             events_seconds,
@@ -104,6 +117,18 @@ def groups() -> list[Group]:
             events_seconds,
         ),
         Group(
+            "wide-heads",
+            f"Head sizes above 256, and 256, bf16, one sequence of {TOKENS} tokens, hidden size about {HIDDEN}",
+            "TFLOP/s",
+            [
+                prefill(1, HIDDEN // size, HIDDEN // size, TOKENS, size, size, causal)
+                for size in (256, 320, 384, 512)
+                for causal in (False, True)
+            ],
+            "A causal mask counts as half of the work.",
+            events_seconds,
+        ),
+        Group(
             "host",
             "Host time of a small call from Python",
             "µs",
@@ -127,23 +152,24 @@ def prefill(
     head_dim_v: int,
     causal: bool,
     window: int = -1,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Case:
     """As many queries as keys; `window` is how many keys before its own a query sees, if not negative."""
 
     def contenders() -> list[Contender]:
-        q = random_on_gpu(batch, length, heads_q, head_dim)
-        k = random_on_gpu(batch, length, heads_k, head_dim)
-        v = random_on_gpu(batch, length, heads_k, head_dim_v)
+        q = random_on_gpu(batch, length, heads_q, head_dim, dtype=dtype)
+        k = random_on_gpu(batch, length, heads_k, head_dim, dtype=dtype)
+        v = random_on_gpu(batch, length, heads_k, head_dim_v, dtype=dtype)
         size = (window, 0) if window >= 0 else (-1, -1)
         entrants = [Contender("MATE", lambda: mate.flash_attn_func(q, k, v, causal=causal, window_size=size))]
         if (fa3 := flash_attention_3()) is not None:
             entrants.append(Contender("FA3", fa3.dense(q, k, v, causal, window), peer=True))
-        if window < 0:
+        if window < 0 and dtype is not E4M3:
             entrants.append(Contender("cuDNN", cudnn(q, k, v, causal), heads_last, peer=True))
         return [entrant for entrant in entrants if not entrant.peer or takes(entrant)]
 
     labels: dict[str, object] = {
-        "type": "bf16",
+        "type": TYPE_LABELS[dtype],
         "batch": batch,
         "heads": heads_label(heads_q, heads_k),
         "length": length,

@@ -11,7 +11,7 @@ import torch
 from gpu_peers import flash_attention_3, flashinfer_decode
 from gpu_timing import LAYERS, alone_seconds, in_a_row_seconds, issue_seconds
 from measure import Case, Contender, Group
-from shapes import heads_label, random_on_gpu
+from shapes import E4M3, heads_label, random_on_gpu
 from torch import Tensor
 
 import mate
@@ -36,6 +36,18 @@ DECODE = [  # batch, heads, keys, page size
 ]
 
 
+DECODE_E4M3 = [
+    (1, (32, 8), 8192, 64),
+    (8, (32, 8), 8192, 64),
+    (32, (32, 8), 2048, 16),
+    (128, (64, 8), 4096, 16),
+    (64, (32, 32), 2048, 16),
+]
+
+LATENT = [(32, 16, 8192), (32, 128, 8192), (128, 16, 32768), (128, 64, 32768), (128, 128, 32768)]  # batch, heads, keys
+LATENT_DIM, ROPE_DIM = 512, 64
+
+
 def groups() -> list[Group]:
     lengths = torch.randint(16, 16385, (256,), generator=torch.Generator().manual_seed(2)).tolist()
     decode_note = (
@@ -56,6 +68,22 @@ def groups() -> list[Group]:
             "µs",
             [decode(*sizes) for sizes in DECODE],
             decode_note,
+            alone_seconds,
+        ),
+        Group(
+            "decode-e4m3",
+            "Decode in a row over an e4m3 cache: one of 64 calls in a CUDA graph, heads of 128, paged",
+            "µs",
+            [decode_e4m3(*sizes, query) for sizes in DECODE_E4M3 for query in (E4M3, torch.bfloat16)],
+            "FA3 takes e4m3 queries, FlashInfer bf16 ones; those of either type hold the same numbers.",
+            in_a_row_seconds,
+        ),
+        Group(
+            "latent",
+            "Multi-head latent attention, decoding: qv of 512 beside 64, one key head, bf16, pages of 64",
+            "µs",
+            [latent(*sizes) for sizes in LATENT],
+            "The floor is that of reading each key once.",
             alone_seconds,
         ),
         Group(
@@ -96,12 +124,17 @@ def int32(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device="cuda")
 
 
-def cache_bytes(lengths: Sequence[int], heads_k: int) -> int:
-    return 2 * 2 * sum(lengths) * heads_k * HEAD_DIM
+def cache_bytes(lengths: Sequence[int], heads_k: int, element_bytes: int = 2) -> int:
+    return 2 * element_bytes * sum(lengths) * heads_k * HEAD_DIM
 
 
-def floor(lengths: Sequence[int], heads_k: int) -> str:
-    return f"{cache_bytes(lengths, heads_k) / MEMORY_BANDWIDTH * 1e6:.1f}"
+def floor(read_bytes: int) -> str:
+    return f"{read_bytes / MEMORY_BANDWIDTH * 1e6:.1f}"
+
+
+def copies(read_bytes: int) -> int:
+    """How many caches, each of which a call reads, are too many for an L2 cache."""
+    return min(LAYERS, max(16, -(-L2_BYTES // read_bytes)))
 
 
 def on_each(caches: Sequence[Tensor], call: Callable[[Tensor], Any]) -> Callable[[], Any]:
@@ -116,7 +149,7 @@ def decode(batch: int, heads: tuple[int, int], keys: int, page_size: int) -> Cas
 
     def contenders() -> list[Contender]:
         pages = batch * keys // page_size
-        count = min(LAYERS, max(16, -(-L2_BYTES // cache_bytes(lengths, heads_k))))
+        count = copies(cache_bytes(lengths, heads_k))
         caches = [random_on_gpu(pages, 2, page_size, heads_k, HEAD_DIM) for _ in range(count)]
         q, used = random_on_gpu(batch, 1, heads_q, HEAD_DIM), int32(lengths)
         table = torch.randperm(pages, device="cuda").to(torch.int32).view(batch, -1)
@@ -148,9 +181,83 @@ def decode(batch: int, heads: tuple[int, int], keys: int, page_size: int) -> Cas
         "heads": heads_label(*heads),
         "keys": keys,
         "page size": page_size,
-        "floor": floor(lengths, heads_k),
+        "floor": floor(cache_bytes(lengths, heads_k)),
     }
     return Case(labels, cache_bytes(lengths, heads_k), contenders)
+
+
+def decode_e4m3(batch: int, heads: tuple[int, int], keys: int, page_size: int, query: torch.dtype) -> Case:
+    heads_q, heads_k = heads
+    read_bytes = cache_bytes([keys] * batch, heads_k, element_bytes=1)
+
+    def contenders() -> list[Contender]:
+        pages = batch * keys // page_size
+        shape = (pages, 2, page_size, heads_k, HEAD_DIM)
+        caches = [random_on_gpu(*shape, dtype=E4M3) for _ in range(copies(read_bytes))]
+        q, used = random_on_gpu(batch, 1, heads_q, HEAD_DIM, dtype=E4M3), int32([keys] * batch)
+        wide_q = q.to(torch.bfloat16)
+        table = torch.randperm(pages, device="cuda").to(torch.int32).view(batch, -1)
+        call = functools.partial(
+            mate.flash_attn_with_kvcache, q.to(query), cache_seqlens=used, page_table=table, causal=True
+        )
+        entrants = [
+            Contender("MATE", on_each(caches, lambda cache: call(k_cache=cache[:, 0], v_cache=cache[:, 1]))),
+        ]
+        if (fa3 := flash_attention_3()) is not None:
+            over = functools.partial(fa3.with_kvcache, used=used, page_table=table, ends=None, longest=None)
+            entrants.append(
+                Contender(
+                    "FA3",
+                    on_each(caches, lambda cache: over(q, cache[:, 0], cache[:, 1], metadata=None)),
+                    peer=True,
+                )
+            )
+        if (planned := flashinfer_decode(wide_q[:, 0], table, caches[0])) is not None:
+            entrants.append(Contender("FlashInfer", on_each(caches, planned), lambda out: out[:, None], peer=True))
+        return entrants
+
+    labels: dict[str, object] = {
+        "type": "e4m3" if query is E4M3 else "bf16 over e4m3",
+        "batch": batch,
+        "heads": heads_label(*heads),
+        "keys": keys,
+        "page size": page_size,
+        "floor": floor(read_bytes),
+    }
+    return Case(labels, read_bytes, contenders)
+
+
+def latent(batch: int, heads: int, keys: int) -> Case:
+    page_size = 64
+    read_bytes = 2 * batch * keys * (LATENT_DIM + ROPE_DIM)
+
+    def contenders() -> list[Contender]:
+        pages = batch * keys // page_size
+        cache = random_on_gpu(pages, page_size, 1, LATENT_DIM + ROPE_DIM)
+        latents, ropes = cache.split((LATENT_DIM, ROPE_DIM), -1)
+        q, qv = (random_on_gpu(batch, 1, heads, size) for size in (ROPE_DIM, LATENT_DIM))
+        used = int32([keys] * batch)
+        table = torch.randperm(pages, device="cuda").to(torch.int32).view(batch, -1)
+        options = {"qv": qv, "cache_seqlens": used, "page_table": table, "causal": True}
+        entrants = [Contender("MATE", lambda: mate.flash_attn_with_kvcache(q, ropes, latents, **options))]
+        if (fa3 := flash_attention_3()) is not None:
+            entrants.append(
+                Contender(
+                    "FA3",
+                    lambda: fa3.with_kvcache(q, ropes, latents, used, table, None, None, None, qv=qv),
+                    peer=True,
+                )
+            )
+        return entrants
+
+    labels: dict[str, object] = {
+        "type": "bf16",
+        "batch": batch,
+        "heads": heads,
+        "keys": keys,
+        "floor": floor(read_bytes),
+    }
+    return Case(labels, read_bytes, contenders)
 
 
 def paged_cache(lengths: Sequence[int], page_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +304,7 @@ def serving(
         "type": "bf16",
         "what": name,
         "page size": page_size or "-",
-        "floor": floor(lengths, 8),
+        "floor": floor(cache_bytes(lengths, 8)),
     }
     return Case(labels, cache_bytes(lengths, 8), contenders)
 

@@ -46,11 +46,12 @@ class FlashAttention3:
         page_table: Tensor | None,
         ends: Tensor | None,
         longest: int | None,
-        metadata: Tensor,
+        metadata: Tensor | None,
+        qv: Tensor | None = None,
     ) -> Tensor:
         """Causal, ragged queries where `ends` is given."""
         lengths = [ends, None, None, None, used, longest, None]
-        return self._call(q, k, v, lengths, page_table, True, -1, metadata, 0)
+        return self._call(q, k, v, lengths, page_table, True, -1, metadata, 0, qv)
 
     def metadata(
         self, used: Tensor, longest_q: int, longest_k: int, heads: tuple[int, int], ends: Tensor | None, page_size: int
@@ -72,13 +73,14 @@ class FlashAttention3:
         window: int,
         metadata: Tensor | None,
         splits: int,
+        qv: Tensor | None = None,
     ) -> Tensor:
         cache = [page_table, *[None] * 5]  # index and left padding, rotary tables
         scales = [None] * 3
-        scale = q.shape[-1] ** -0.5
+        scale = (q.shape[-1] + (0 if qv is None else qv.shape[-1])) ** -0.5
         right = 0 if causal else -1
         options = [scale, causal, window, right, 0.0, True, metadata, splits, None, 0, None, 1, 0, None]
-        return self._forward(q, k, v, None, None, None, None, *lengths, *cache, *scales, *options)[0]
+        return self._forward(q, k, v, None, None, qv, None, *lengths, *cache, *scales, *options)[0]
 
 
 @functools.cache

@@ -8,8 +8,12 @@ def heads_last(out: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def random_on_gpu(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
+E4M3 = torch.float8_e4m3fn
+TYPE_LABELS = {torch.bfloat16: "bf16", E4M3: "e4m3"}
+
+
+def random_on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda").to(dtype)
 
 
 def heads_label(heads_q: int, heads_k: int) -> str:
