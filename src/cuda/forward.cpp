@@ -311,7 +311,7 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
     take_parts(p, variant, tiles, blocks, scratch, arguments);
   }
   if (variant.e4m3 && !variant.carries_in_shared() &&
-      divide_up(most_keys(p), variant.block_keys) > variant.blocks_between_carries()) {
+      divide_up(key_capacity(p), variant.block_keys) > variant.blocks_between_carries()) {
     arguments.carried_sums = scratch.take<float>(std::int64_t{blocks} * variant.carried_sums());
   }
   const Kernel kernel = forward_kernels().load(gpu, key_of(variant), [&] { return source_of(variant); });

@@ -73,6 +73,7 @@ FIXED = (
     Kind(512, 512, torch.bfloat16),
     Kind(16, 16, torch.bfloat16, softcap=True, qv=True),
     *(Kind(size, size, FP8) for size in (16, 64, 128, 256)),
+    Kind(192, 144, FP8),
     *(Kind(size, size, torch.bfloat16, kv_dtype=FP8) for size in (16, 128)),
     Kind(64, 512, torch.bfloat16, qv=True, kv_dtype=FP8),
 )

@@ -37,6 +37,7 @@ KINDS = (
     Kind(512, 512, torch.float16),
     Kind(64, 64, FP8),
     Kind(256, 256, FP8),
+    Kind(192, 144, FP8),
     Kind(128, 128, torch.bfloat16, kv_dtype=FP8),
     Kind(64, 512, FP8, qv=True),
 )

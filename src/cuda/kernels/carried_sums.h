@@ -11,7 +11,7 @@
 
 namespace mate::cuda {
 
-/// Of a consumer: each thread has sums of its own. Where there is no need for that, nothing.
+/// Of a consumer: each thread has sums of its own. Where there is no need for that, nothing: no block comes before 0.
 template <ForwardVariant variant, bool needed = variant.e4m3>
 class CarriedSums {
  public:
@@ -39,7 +39,7 @@ class CarriedSums<variant, true> {
     next_ = n - variant.blocks_between_carries();
   }
 
-  /// The block after which sums are to be set aside.
+  /// The block from which on sums are to be set aside when one is done.
   __device__ int next() const { return next_; }
   __device__ bool is_due(int n) const { return n <= next_ && has_room(); }
 

@@ -186,7 +186,7 @@ class Consumer {
   }
 
   /// An accumulator's columns are already where the product with the values takes its first operand; of e4m3, if those
-  /// of every 16 keys are taken in the order in which transposed values lie: see transpose_block().
+  /// of every 16 keys are taken in the order in which transposed values lie: see Transposition.
   template <int count, int words>
   __device__ static void round_weights(const float (&scores)[count], unsigned (&weights)[words]) {
     if constexpr (variant.element() == ElementType::float8_e4m3) {
@@ -264,7 +264,7 @@ __device__ void run(const ForwardArguments& a) {
   const int consumer = static_cast<int>(threadIdx.x / 128) - variant.producer_warpgroups();
   if (consumer < 0) {
     const int warp = static_cast<int>(threadIdx.x / 32);
-    if (variant.prepares() && warp >= 4) {
+    if (variant.prepares() && variant.producer_warpgroups() > 1 && warp >= 4) {
       // A branch of its own, so that the assembler knows how many registers each role has.
       ptx::give_up_registers<variant.other_producer_registers()>();
       ptx::await_earlier_kernels();
