@@ -20,14 +20,12 @@ BARS = {torch.float32: Bars(2e-6), torch.bfloat16: Bars(4e-3), torch.float16: Ba
 E4M3_PRODUCTS = Bars(4e-2, 5e-3)
 
 
-def bars_of(dtype: torch.dtype, device: Any) -> Bars:
-    """Of calls with q of a type."""
-    return E4M3_PRODUCTS if dtype is FP8 and torch.device(device).type == "cuda" else BARS[dtype]
-
-
-def bars(call: Call) -> Bars:
-    q = call.normalised.q
-    return bars_of(q.dtype, q.device)
+def bars(call: Call, device: Any = None) -> Bars:
+    """Of a call that is made on `device`, if not where its tensors are."""
+    a = call.normalised
+    on_gpu = torch.device(device or a.q.device).type == "cuda"
+    widened = a.qv is not None or max(a.q.shape[-1], a.v.shape[-1]) > 256  # whatever the rest of the call is
+    return E4M3_PRODUCTS if on_gpu and a.q.dtype is FP8 and not widened else BARS[a.q.dtype]
 
 
 def rms(x: torch.Tensor, dim: Any = None) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import Any, Optional
 
 import torch
 from calls import Call, draw
-from judge import bars_of, check_result
+from judge import bars, check_result
 from kernels import Kind
 from reference import FP8, evaluate
 
@@ -145,7 +145,7 @@ def make_calls(device: str) -> None:
             moved(out, "cpu", {}),
             lse,
             evaluate(call.function, call.arguments),
-            bars_of(call.normalised.q.dtype, device),
+            bars(call, device),
         )
 
 
