@@ -94,20 +94,19 @@ Scores scores_of(const Problem& p) {
   return p.softmax_scale > 0 ? Scores::products : Scores::scaled;
 }
 
-void set_scales(const Problem& p, ForwardArguments& arguments) {
+/// What scores are multiplied by: see ForwardArguments.
+struct ScoreScales {
+  float factor = 1;
+  float exponent = 1;
+};
+
+ScoreScales scales_of(const Problem& p) {
   constexpr float log2_of_e = 1.4426950408889634F;
   const auto finite = [](float x) { return std::clamp(x, -FLT_MAX, FLT_MAX); };
-  if (p.softcap > 0) {
-    arguments.score_factor = finite(p.softmax_scale / p.softcap);
-    arguments.exponent_scale = finite(p.softcap * log2_of_e);
-  } else if (p.softmax_scale == 0) {
-    arguments.score_factor = 0;
-    arguments.exponent_scale = 1;
-  } else {
-    // The largest score is then the largest product.
-    arguments.score_factor = p.softmax_scale < 0 ? -1 : 1;
-    arguments.exponent_scale = finite(std::abs(p.softmax_scale) * log2_of_e);
-  }
+  if (p.softcap > 0) return {finite(p.softmax_scale / p.softcap), finite(p.softcap * log2_of_e)};
+  if (p.softmax_scale == 0) return {0, 1};
+  // The largest score is then the largest product.
+  return {p.softmax_scale < 0 ? -1.0F : 1.0F, finite(std::abs(p.softmax_scale) * log2_of_e)};
 }
 
 /// Query rows of the longest sequence, as far as the host knows.
@@ -172,11 +171,12 @@ bool may_cut(const Problem& p, int block_keys) {
 /// uneven, to keep all multiprocessors busy to the end.
 bool shares_keys(const Problem& p, int multiprocessors) {
   constexpr int tiles_enough = 8;  // of each multiprocessor
+  if (has_few_rows(p)) return true;
   if (p.num_splits != 0) return p.num_splits > 1;
   // Some sequences are read and others decoded: the ones need the matrix units, the others memory. Even shares of both
   // at once, side by side, take less time than one after the other.
   if (std::int64_t{2} * mean_rows(p) < most_rows(p)) return true;
-  return has_few_rows(p) || most_tiles(p, {128, 128, p.group()}) < std::int64_t{tiles_enough} * multiprocessors;
+  return most_tiles(p, {128, 128, p.group()}) < std::int64_t{tiles_enough} * multiprocessors;
 }
 
 /// How many tiles of each unit of a sequence are taken at the same time, since they need much the same keys: where all
@@ -195,15 +195,25 @@ int choose_team(const Problem& p, const ForwardVariant& variant, int pack, int m
 
 Cut choose_cut(const Problem& p) {
   if (p.batch_invariant) return {Cut::Kind::aligned};
-  if (p.num_splits > 1) return {Cut::Kind::counted, p.num_splits};
+  if (p.num_splits > 0) return {Cut::Kind::counted, p.num_splits};
   return {Cut::Kind::even};
+}
+
+/// Whether exponents of e4m3, with descales that do not enlarge them, may be so large that float32 rounds them to more
+/// than a half: weights of e4m3 would then saturate.
+bool has_large_scores(const Problem& p) {
+  constexpr float largest_product = 448.0F * 448.0F;
+  constexpr float largest_exact = 0x1p23F;
+  const float largest_score = p.softcap > 0 ? 1 : largest_product * static_cast<float>(p.head_dim);
+  return scales_of(p).exponent * largest_score > largest_exact;
 }
 
 VariantChoice choose(const Problem& p, int multiprocessors) {
   constexpr int few_keys = 1024;
   VariantChoice choice{p.head_dim, p.head_dim_v, {p.q.type, p.k.type, p.out.type}, scores_of(p)};
   choice.few_rows = has_few_rows(p);
-  choice.alike = p.batch_invariant;
+  // Kernels that are alike widen e4m3.
+  choice.alike = p.batch_invariant || (choice.types.all_e4m3() && has_large_scores(p));
   if (choice.few_rows)
     choice.stream_rows = stream_rows_for(choice.types, p.head_dim, p.head_dim_v, most_packed_rows(p));
   const bool diagonal = p.mask.right >= 0 || p.mask.chunk > 0;
@@ -224,6 +234,7 @@ int choose_box(const KeyLayout& keys, int block_keys) {
 /// Memory for the results of parts.
 void take_parts(const Problem& p, const ForwardVariant& variant, std::int64_t tiles, int workers, Scratch& scratch,
                 ForwardArguments& arguments) {
+  if (arguments.cut.kind == Cut::Kind::counted && arguments.cut.size == 1) return;  // tiles are their only parts
   PartialResults& parts = arguments.parts;
   if (arguments.cut.kind == Cut::Kind::counted) parts.slots_of_tile = arguments.cut.size;
   if (arguments.cut.kind == Cut::Kind::aligned) {
@@ -296,7 +307,9 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
   results.add(p.head_dim_v * bytes_of(p.out.type));
   arguments.wide_rows = results.bytes() == 16;
   arguments.heads_reciprocal = 1.0F / static_cast<float>(arguments.pack);
-  set_scales(p, arguments);
+  const ScoreScales scales = scales_of(p);
+  arguments.score_factor = scales.factor;
+  arguments.exponent_scale = scales.exponent;
   arguments.keys_in_l2 = gpu.l2_bytes / 2 / ((p.head_dim + p.head_dim_v) * bytes_of(p.k.type));
 
   const std::int64_t tiles = most_tiles(p, variant.tiling(arguments.pack));

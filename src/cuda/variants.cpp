@@ -129,25 +129,26 @@ ForwardVariant wide_variant(const VariantChoice& choice) {
   return variant;
 }
 
-/// A head size as the kernel of stream.h takes it: lanes take columns of keys by 64, of values by 64 or by 128.
-int stream_columns(int head_dim) { return round_up(head_dim, 64); }
-int stream_columns_v(int head_dim) { return head_dim <= 64 ? 64 : round_up(head_dim, 128); }
+/// Columns of values as the kernel of stream.h takes them: lanes take those of e4m3 by 64 or by 128.
+int stream_columns_v(const TensorTypes& types, int head_dim) {
+  return round_up(head_dim, types.key != ElementType::float8_e4m3 || head_dim <= 64 ? 64 : 128);
+}
 
-/// Blocks that are worth a round of loading: what is done for each costs as long as reading some kilobytes takes.
+/// Blocks are as many keys as warps have enough of, or half of that where they are large.
 ForwardVariant stream_variant(const VariantChoice& choice) {
-  constexpr int most_stage_bytes = 32 * 1024;
+  constexpr int most_keys = 128;
+  constexpr int most_columns = 256;  // of that many keys and values together
   ForwardVariant variant = variant_of(choice);
   variant.stream_rows = choice.stream_rows;
-  variant.head_dim = stream_columns(choice.head_dim);
-  variant.head_dim_v = stream_columns_v(choice.head_dim_v);
+  variant.head_dim = round_up(choice.head_dim, 64);
+  variant.head_dim_v = stream_columns_v(choice.types, choice.head_dim_v);
   variant.q_stages = 2;
-  variant.stages = 2;
-  variant.block_keys = 128;
-  while (variant.k_bytes() + variant.v_bytes() > most_stage_bytes) variant.block_keys /= 2;
+  const bool fits = variant.head_dim + variant.head_dim_v <= most_columns;
+  variant.block_keys = fits ? most_keys : most_keys / 2;
   // A warp has 16 keys of a block, or more where loaders need the other warps.
-  variant.warpgroups = variant.gather || variant.block_keys < 128 ? 1 : 2;
-  const int left = most_shared_bytes - variant.shared_bytes();
-  variant.stages = std::min(variant.stages + left / (variant.k_bytes() + variant.v_bytes()), most_stages);
+  variant.warpgroups = variant.gather || !fits ? 1 : 2;
+  const int others = variant.q_stages * variant.q_bytes() + variant.warp_sums_bytes();
+  variant.stages = std::min((variant.tile_bytes() - others) / (variant.k_bytes() + variant.v_bytes()), most_stages);
   return variant;
 }
 
@@ -188,9 +189,9 @@ const char* name_of(Scores scores) {
 
 int stream_rows_for(const TensorTypes& types, int head_dim, int head_dim_v, std::int64_t rows) {
   constexpr int most_sums = 2048;  // of a warp
-  if (types.key != ElementType::float8_e4m3 || std::max(head_dim, head_dim_v) > largest_narrow_head_dim) return 0;
+  if (std::max(head_dim, head_dim_v) > largest_narrow_head_dim) return 0;
   for (const int tile_rows : {8, largest_stream_rows}) {
-    if (rows <= tile_rows && tile_rows * stream_columns_v(head_dim_v) <= most_sums) return tile_rows;
+    if (rows <= tile_rows && tile_rows * stream_columns_v(types, head_dim_v) <= most_sums) return tile_rows;
   }
   return 0;
 }
@@ -308,23 +309,24 @@ KernelSource combine_source() {
 std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const TensorTypes& types, bool softcap, bool qv) {
   std::vector<KernelSource> sources;
   std::set<std::string> names;
+  const auto add = [&](const KernelSource& source) {
+    if (names.insert(source.name).second) sources.push_back(source);
+  };
   for (int choices = 0; choices < 32; ++choices) {
     VariantChoice choice{head_dim, head_dim_v, types, softcap ? Scores::capped : Scores::products};
     choice.qv = qv;
     bool* const flags[] = {&choice.gather, &choice.splits, &choice.few_rows, &choice.narrow, &choice.alike};
     for (int i = 0; i < 5; ++i) *flags[i] = (choices >> i & 1) != 0;
+    if (choice.few_rows && !choice.splits && !choice.alike) continue;  // these keys are always shared out
     for (const int rows : {largest_stream_rows + 1, largest_stream_rows, 1}) {
       choice.stream_rows = choice.few_rows ? stream_rows_for(types, head_dim, head_dim_v, rows) : 0;
-      const KernelSource source = source_of(choose_variant(choice));
-      if (names.insert(source.name).second) sources.push_back(source);
+      const ForwardVariant variant = choose_variant(choice);
+      add(source_of(variant));
+      if (variant.splits) add(scheduler_metadata_source(variant.block_keys));
     }
   }
-  sources.push_back(scheduler_metadata_source(
-      choose_variant({.head_dim = head_dim, .head_dim_v = head_dim_v, .types = types, .splits = true, .qv = qv})
-          .block_keys));
-  sources.push_back(append_source({types.query, types.query, types.key}));
-  if (types.query != types.key) sources.push_back(append_source({types.query, types.key, types.key}));
-  sources.push_back(combine_source());
+  for (const ElementType added : {types.query, types.key}) add(append_source({types.query, added, types.key}));
+  add(combine_source());
   return sources;
 }
 

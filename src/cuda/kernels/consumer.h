@@ -1,5 +1,5 @@
-// What the consumers of forward kernels have in common, and the rest of such a kernel: forward.h and wide.h have the
-// consumers themselves.
+// What the consumers of forward kernels have in common, and the rest of such a kernel: forward.h, wide.h and
+// stream.h have the consumers themselves.
 #pragma once
 
 #include "forward_loader.h"
@@ -166,10 +166,11 @@ class Consumer {
     }
   }
 
-  __device__ OnlineSoftmax begin_softmax(TilePlace tile) const {
+  template <typename Softmax = OnlineSoftmax>
+  __device__ Softmax begin_softmax(TilePlace tile) const {
     // Weights of e4m3 are up to 2**8, so that it has more of the small ones.
     constexpr float largest_exponent = variant.element() == ElementType::float8_e4m3 ? 8 : 0;
-    return OnlineSoftmax(variant.scaled() ? scales_of(tile).exponent_scale : a_.exponent_scale, largest_exponent);
+    return Softmax(variant.scaled() ? scales_of(tile).exponent_scale : a_.exponent_scale, largest_exponent);
   }
 
   /// Hides from each row of scores the keys, from `first_key` on, that it does not see.
@@ -261,6 +262,13 @@ __device__ void run(const ForwardArguments& a) {
   }
   ptx::let_next_kernel_begin();
   __syncthreads();
+  if constexpr (variant.splits) {
+    if (counts_together(a.problem)) {  // once lengths are what they will be: nothing of them is kept
+      ptx::await_earlier_kernels();
+      count_together<variant>(a, shared.batch_steps());
+      __syncthreads();
+    }
+  }
   const int consumer = static_cast<int>(threadIdx.x / 128) - variant.producer_warpgroups();
   if (consumer < 0) {
     const int warp = static_cast<int>(threadIdx.x / 32);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "forward_shared.h"
+#include "key_finder.h"
 #include "load.h"
 #include "tile_rows.h"
 
@@ -11,18 +12,18 @@ template <ForwardVariant variant>
 class ForwardLoader {
  public:
   __device__ ForwardLoader(const ForwardArguments& arguments, ForwardShared<variant>& shared)
-      : a_(arguments), shared_(shared), gather_(threadIdx.x - 32, arguments.copy_bytes) {}
+      : a_(arguments), shared_(shared), gather_(threadIdx.x - 32, arguments.copy_bytes), finder_(arguments, gather_) {}
 
   __device__ void run() {
-    LastBlocks blocks;
-    bool found = false;
+    Ahead ahead;
+    bool found = look_up_rehearsed(ahead);
     for (;; work_.advance()) {
       if (!found) {
         shared_.work.full[work_.stage()].wait(work_.parity());
         if (shared_.works[work_.stage()].sequence < 0) break;
-        blocks = locate_last(shared_.works[work_.stage()]);
+        ahead = finder_.look_up_last(shared_.works[work_.stage()]);
       }
-      found = load(shared_.works[work_.stage()], blocks);
+      found = load(shared_.works[work_.stage()], ahead);
       shared_.work.empty[work_.again().stage()].arrive();
     }
     if (!variant.wide && !variant.stream() && !variant.widens() && loads_keys()) announce_no_more();
@@ -76,6 +77,9 @@ class ForwardLoader {
   using QueryBits = typename BitsOf<query_bytes>::Type;
   using KeyBits = typename BitsOf<key_bytes>::Type;
   using Gather = GatherLoader<variant.loader_warps()>;
+  using Finder = KeyFinder<variant>;
+  using Ahead = typename Finder::Ahead;
+  using Places = typename Finder::Places;
 
   /// Whether rows of block n that no row of the sequence sees are fetched all the same. Behind the tensor's last row
   /// the copy engine brings zeros.
@@ -87,97 +91,72 @@ class ForwardLoader {
     return first_key + variant.block_keys > work.seen.end && more_behind;
   }
 
-  /// Where the keys of a block are: all of them where they are not paged; else, for each lane another one, those of a
-  /// box of the copy engine, or the single rows that the lane's warp gathers. What no row sees is nowhere:
-  /// slot -1. Neither it nor what is in a page that there is not is fetched: zeros are.
-  struct KeyPlaces {
-    static constexpr int count = variant.gather ? divide_up(Gather::template rows_of_warp<variant.block_keys>, 32) : 1;
-    int slot[count];
-    int row[count];
-  };
-
-  __device__ KeyPlaces locate(const TileWork& work, int n) const {
-    const KeyLayout& keys = a_.problem.keys;
-    const int first_key = n * variant.block_keys;
-    KeyPlaces places;
-#pragma unroll
-    for (int i = 0; i < KeyPlaces::count; ++i) {
-      places.slot[i] = keys.paged() ? -1 : work.place.cache_row;
-      places.row[i] = keys.paged() ? 0 : work.place.first_k + first_key;
-      if (!keys.paged() || n < work.blocks.begin) continue;
-      const int lane = threadIdx.x % 32;
-      const int span = variant.gather ? 1 : a_.box_keys;
-      const int key_of_block = variant.gather ? static_cast<int>(gather_.row_of_warp(lane + 32 * i)) : lane * span;
-      const int key = first_key + key_of_block;
-      if (key_of_block >= variant.block_keys || key >= work.seen.end || key + span <= work.seen.begin) continue;
-      const unsigned position = static_cast<unsigned>(work.place.first_k) + key;
-      const unsigned index = position / static_cast<unsigned>(keys.rows);
-      // It is not looked at before it is used, or its loading would be waited for here.
-      places.slot[i] = static_cast<int>(page_of(keys, work.place, index));
-      places.row[i] = static_cast<int>(position - index * keys.rows);
+  /// Looks up the first pages of the first tile, if it was found ahead of time and is still that one, while the
+  /// scheduler sees to that.
+  __device__ bool look_up_rehearsed(Ahead& ahead) {
+    if constexpr (variant.keeps_rehearsed()) {
+      auto& rehearsal = shared_.rehearsal;
+      rehearsal.rehearsed.wait(0);
+      if (!rehearsal.exists) return false;
+      const TileWork& work = shared_.works[0];
+      const bool has_keys = work.sequence >= 0 && work.blocks.size() > 0;
+      if (has_keys) ahead = finder_.look_up_last(work);
+      __syncwarp();
+      if (first_lane()) rehearsal.looked_up.arrive();
+      shared_.work.full[0].wait(0);
+      return has_keys && rehearsal.holds;
     }
-    return places;
+    return false;
   }
 
-  /// The two blocks of a tile that are fetched first.
-  struct LastBlocks {
-    KeyPlaces last, before;
-  };
-  __device__ LastBlocks locate_last(const TileWork& work) const {
-    return {locate(work, work.blocks.end - 1), locate(work, work.blocks.end - 2)};
-  }
-
-  /// Locates them for the next tile, if it is known by now and there is one.
-  __device__ bool locate_next(LastBlocks& blocks) const {
+  /// Looks up the first pages of the next tile, if it is known by now and there is one.
+  __device__ bool look_up_next(Ahead& ahead) const {
     RingPlace<ForwardShared<variant>::work_stages> place = work_;
     place.advance();
     if (!__all_sync(~0U, shared_.work.full[place.stage()].is_complete(place.parity()))) return false;
     const TileWork& work = shared_.works[place.stage()];
     if (work.sequence < 0) return false;
-    blocks = locate_last(work);
+    ahead = finder_.look_up_last(work);
     return true;
   }
 
   /// Fetches a tile. Returns whether the next one was found on the way: its first pages are then looked up, since that
   /// takes about as long as fetching a block.
-  __device__ bool load(TileWork& work, LastBlocks& blocks) {
+  __device__ bool load(TileWork& work, Ahead& ahead) {
     const int begin = work.blocks.begin;
     const int last = work.blocks.end - 1;
-    KeyPlaces before{};  // of block n + 1, whose values are fetched when the keys of block n have been asked for
-    KeyPlaces places = blocks.last;
-    KeyPlaces next = blocks.before;
+    Places before{};  // of block n + 1, whose values are fetched when the keys of block n have been asked for
     bool found = false;
 #pragma unroll 1
     for (int n = last;; --n) {
-      const KeyPlaces after = locate(work, n - 2);  // pages are looked up two steps ahead
+      Places places{};
+      if (n >= begin) places = finder_.take(work, n, ahead);
       if constexpr (variant.splits) {
-        if (n <= begin && !found) found = locate_next(blocks);
+        if (n <= begin && !found) found = look_up_next(ahead);
       }
       // Keys are fetched ahead of values, unless there is no room for them until values are there.
-      constexpr bool ahead = k_stages > 1;
+      constexpr bool keys_first = k_stages > 1;
       const auto load_values = [&] {
         if (n == last || !loads_values()) return;
         if constexpr (loads_all) {
-          load_v(work, n + 1, before, next_.before(ahead && n >= begin ? 2 : 1));
+          load_v(work, n + 1, before, next_.before(keys_first && n >= begin ? 2 : 1));
         } else {
           load_v(work, n + 1, before, next_);
           next_.advance();
         }
       };
-      if (!ahead) load_values();
+      if (!keys_first) load_values();
       if (n >= begin && loads_keys()) {
         load_k(work, n, places);
         next_.advance();
       }
-      if (ahead) load_values();
+      if (keys_first) load_values();
       if (n == last) {
         if (!variant.widens_queries() && loads_keys()) load_q(work);
         if (variant.splits && loads_values()) find_parts(work);
       }
       if (n < begin) return found;
       before = places;
-      places = next;
-      next = after;
     }
   }
 
@@ -206,7 +185,7 @@ class ForwardLoader {
   /// Has the copy engine fetch rows of keys or values.
   template <int padded>
   __device__ void fetch_box(bool once, unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int head,
-                            const KeyPlaces& box) const {
+                            const Places& box) const {
     if (variant.splits && !variant.one_tile() && once) {
       load_tile_once<variant.block_keys, key_bytes>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
     } else {
@@ -217,7 +196,7 @@ class ForwardLoader {
   /// Starts fetching a block of rows, which makes up `bytes`.
   template <int padded>
   __device__ void fetch(bool once, unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int bytes,
-                        int head, const KeyPlaces& box) {
+                        int head, const Places& box) {
     if (!a_.problem.keys.paged()) {
       if (first_lane()) {
         barrier.arrive_expecting(bytes);
@@ -263,7 +242,7 @@ class ForwardLoader {
     }
   }
 
-  __device__ void load_k(const TileWork& work, int n, const KeyPlaces& places) {
+  __device__ void load_k(const TileWork& work, int n, const Places& places) {
     k_ring().empty[next_.stage()].wait(next_.parity() ^ 1);
     unsigned char* const tile = k_tile(next_.stage());
     ptx::Mbarrier& full = k_ring().full[next_.stage()];
@@ -274,7 +253,7 @@ class ForwardLoader {
     }
   }
 
-  __device__ void load_v(const TileWork& work, int n, const KeyPlaces& places, Place place_of_keys) {
+  __device__ void load_v(const TileWork& work, int n, const Places& places, Place place_of_keys) {
     const auto place = place_of_keys.template in<v_stages>();
     v_ring().empty[place.stage()].wait(place.parity() ^ 1);
     unsigned char* const tile = v_tile(place.stage());
@@ -304,7 +283,7 @@ class ForwardLoader {
   }
 
   template <int padded>
-  __device__ void gather_block(const TileWork& work, int n, const KeyPlaces& places, const Rows& rows, int head_dim,
+  __device__ void gather_block(const TileWork& work, int n, const Places& places, const Rows& rows, int head_dim,
                                unsigned char* tile, ptx::Mbarrier& full) {
     const int first_key = n * variant.block_keys;
     const int begin = work.seen.begin - first_key;
@@ -319,14 +298,14 @@ class ForwardLoader {
       return;
     }
     // Each lane finds rows of its own and hands them to those that copy them.
-    const KeyBits* of_lane[KeyPlaces::count];
+    const KeyBits* of_lane[Places::size];
 #pragma unroll
-    for (int i = 0; i < KeyPlaces::count; ++i) {
+    for (int i = 0; i < Places::size; ++i) {
       const bool exists = places.slot[i] >= 0 && places.slot[i] < keys.slots;
       of_lane[i] = exists ? row_of<KeyBits>(rows, places.slot[i], places.row[i], work.head_k) : nullptr;
     }
     gather_.template copy<variant.block_keys, padded>(tile, head_dim, [&](int, unsigned row_of_warp) {
-      const KeyBits* const row = row_of_warp < 32 ? of_lane[0] : of_lane[KeyPlaces::count - 1];
+      const KeyBits* const row = row_of_warp < 32 ? of_lane[0] : of_lane[Places::size - 1];
       return reinterpret_cast<const KeyBits*>(
           __shfl_sync(~0U, reinterpret_cast<unsigned long long>(row), row_of_warp % 32));
     });
@@ -342,6 +321,7 @@ class ForwardLoader {
   const ForwardArguments& a_;
   ForwardShared<variant>& shared_;
   Gather gather_;
+  Finder finder_;
   RingPlace<ForwardShared<variant>::work_stages> work_;
   Place next_;  ///< of the blocks that this warp fetches: where it fetches both, of the keys
   unsigned v_fetched_parity_ = 0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ring.h"
+#include "split_scheduler.h"
 #include "tile_scales.h"
 #include "tile_work.h"
 
@@ -40,6 +41,25 @@ struct WarpResults<variant, true> {
   float2 weights[variant.stream_warps()][variant.tile_rows()];  ///< see OnlineSoftmax::partial()
 };
 
+/// What the scheduler and the loaders know of a share that may be found ahead of time: see schedule.h.
+template <ForwardVariant variant, bool needed = variant.keeps_rehearsed()>
+struct Rehearsal {
+  __device__ void init() {}
+};
+
+template <ForwardVariant variant>
+struct Rehearsal<variant, true> {
+  bool exists;              ///< is the first tile's work a rehearsed one?
+  bool holds;               ///< and is it still that of the first tile?
+  ptx::Mbarrier rehearsed;  ///< has the scheduler, or it will not
+  ptx::Mbarrier looked_up;  ///< are the pages of that tile, by each loader
+
+  __device__ void init() {
+    rehearsed.init(1);
+    looked_up.init(variant.loader_warps());
+  }
+};
+
 template <ForwardVariant variant>
 struct ForwardShared {
   static constexpr int work_stages = 4;
@@ -61,6 +81,7 @@ struct ForwardShared {
   // former of carried sums, too.
   float references[variant.wide || variant.e4m3 ? 64 * variant.warpgroups : 1];
   float weight_sums[variant.wide ? 64 * variant.warpgroups : 1];
+  [[no_unique_address]] Rehearsal<variant> rehearsal;
   int merges[variant.row_groups()];  ///< whether the parts of some rows are all done
   RingBarriers<variant.q_stages> q;
   RingBarriers<variant.stages> k, v;
@@ -70,6 +91,9 @@ struct ForwardShared {
   ptx::Mbarrier readable;   ///< is all memory: earlier kernels have ended
   ptx::Mbarrier v_fetched;  ///< of a block of values that the loader changes before consumers may have it
   ptx::Mbarrier weighed[variant.consumers_of_row()];  ///< a block, by each of the consumers of the same rows
+
+  /// Where keys will be, before there are any.
+  __device__ BatchSteps& batch_steps() { return *reinterpret_cast<BatchSteps*>(k_tiles); }
 
   __device__ void init() {
     constexpr int producers = variant.gather ? variant.loader_warps() * 32 : 1;
@@ -86,6 +110,7 @@ struct ForwardShared {
     work.init(1, 32 * (variant.loader_warps() + preparers + consumer_warps));
     begun.init(1);
     readable.init(1);
+    rehearsal.init();
     v_fetched.init(1);
     for (ptx::Mbarrier& barrier : weighed) barrier.init(32);  // lanes that store references
     ptx::fence_mbarrier_init();

@@ -38,8 +38,8 @@ struct TensorTypes {
 
 struct ForwardVariant {
   TensorTypes types;
-  int head_dim = 0;    ///< of the keys, rounded up to a multiple of 16 (wide: 64, e4m3: 32)
-  int head_dim_v = 0;  ///< of the values, likewise (wide: 128)
+  int head_dim = 0;    ///< of the keys, rounded up to a multiple of 16 (wide, stream: 64, e4m3: 32)
+  int head_dim_v = 0;  ///< of the values, likewise (wide: 128, stream: 64, of e4m3 128)
   int warpgroups = 0;  ///< consumers, each with 64 rows of the tile (wide: with half of the columns of the same rows)
   int block_keys = 0;  ///< keys of a block
   int stages = 0;      ///< blocks of keys, and of values, in shared memory
@@ -67,7 +67,7 @@ struct ForwardVariant {
   constexpr Tiling tiling(int pack) const { return {tile_rows() / pack * pack, block_keys, pack}; }
   /// What is multiplied.
   constexpr ElementType element() const {
-    return e4m3 ? ElementType::float8_e4m3 : stream() ? ElementType::float16 : types.widened();
+    return e4m3 ? ElementType::float8_e4m3 : stream() && scaled() ? ElementType::float16 : types.widened();
   }
   /// Keys and values are e4m3: tensors that come with scales.
   constexpr bool scaled() const { return types.key == ElementType::float8_e4m3; }
@@ -103,6 +103,8 @@ struct ForwardVariant {
     const int rest = 4 * producer_warpgroups() - 1 - preparer_warps();
     return gather || rest < 2 ? rest : 2;
   }
+  /// A share that is found ahead of time is kept: gathering kernels have no registers for that.
+  constexpr bool keeps_rehearsed() const { return splits && !gather; }
   constexpr int threads() const { return 128 * (warpgroups + producer_warpgroups()); }
   // Bytes of an element in tiles that consumers take.
   constexpr int query_bytes() const { return bytes_of(stream() ? types.query : element()); }

@@ -22,16 +22,20 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+/// Sums that are asked for at once, unless fewer are enough.
+inline constexpr int most_at_once = 16;
+
 /// A warp merges `parts` parts of a row of `width` sums, in their order, and hands columns to store(column, sums), as
 /// many as `Columns` has: float, or float4 where rows are aligned to it and have room for a multiple of it.
 /// weight_of(j) is a PartWeight, and read(j, column) are columns of sums. Where all of them are `written` they are
-/// asked for at once, weights or not: much of what a short call takes is waiting for them. finish(weight) is given that
-/// of all parts together, and says what the sums are to be multiplied by: 0 where they are to become 0, whatever they
-/// are.
-template <typename Columns, bool written, typename WeightOf, typename Read, typename Finish, typename Store>
+/// asked for at once, up to `at_once`, weights or not: much of what a short call takes is waiting for them.
+/// finish(weight) is given that of all parts together, and says what the sums are to be multiplied by: 0 where they are
+/// to become 0, whatever they are.
+template <typename Columns, bool written, int at_once = most_at_once, typename WeightOf, typename Read, typename Finish,
+          typename Store>
 __device__ inline void merge_row(int parts, int width, const WeightOf& weight_of, const Read& read,
                                  const Finish& finish, const Store& store) {
-  constexpr int at_once = 16;
+  static_assert(32 % at_once == 0);
   constexpr int columns = sizeof(Columns) / sizeof(float);
   const PartWeight nothing{-infinity(), 0};
   const int lane = threadIdx.x % 32;

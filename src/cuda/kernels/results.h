@@ -72,7 +72,7 @@ class ResultWriter {
         return;
       }
     }
-    merge_to_out(work, warps, value_factor, weight_of, read);
+    merge_to_out<variant.stream_warps()>(work, warps, value_factor, weight_of, read);
   }
 
   /// Waits for the other threads of the rows' consumers.
@@ -131,7 +131,7 @@ class ResultWriter {
 
   /// The warps of the rows' consumers merge their parts, each a row at a time.
   __device__ void merge_parts(const TileWork& work, float value_factor) const {
-    merge_to_out(
+    merge_to_out<most_at_once>(
         work, work.parts.count, value_factor,
         [&](int part, int row) {
           const float2 weight = __ldcg(weight_of_part(partial_row(work, part, row)));
@@ -150,7 +150,7 @@ class ResultWriter {
     for (int row = first_row() + thread() / 32; row < first_row() + rows; row += threads / 32) {
       if (place_of(a_, work, row).query >= work.used) continue;
       const long long at = partial_row(work, part, row);
-      merge_row<float4, true>(
+      merge_row<float4, true, variant.stream_warps()>(
           warps, a_.problem.head_dim_v, [&](int warp) { return weight_of(warp, row); },
           [&](int warp, int column) { return read(warp, row, column); },
           [&](PartWeight all) {
@@ -164,7 +164,7 @@ class ResultWriter {
   }
 
   /// The same of `count` parts whose row r has weight_of(part, r), and sums read(part, r, column), four at a time.
-  template <typename WeightOf, typename Read>
+  template <int at_once, typename WeightOf, typename Read>
   __device__ void merge_to_out(const TileWork& work, int count, float value_factor, const WeightOf& weight_of,
                                const Read& read) const {
     const Problem& p = a_.problem;
@@ -180,7 +180,7 @@ class ResultWriter {
       }
       auto* const out = static_cast<unsigned short*>(p.out.at(slot, out_row, place.head));
       float lse = 0;
-      merge_row<float4, true>(
+      merge_row<float4, true, at_once>(
           count, p.head_dim_v, [&](int part) { return weight_of(part, row); },
           [&](int part, int column) { return read(part, row, column); },
           [&](PartWeight all) {

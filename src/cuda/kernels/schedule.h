@@ -9,15 +9,34 @@ namespace mate::cuda {
 
 template <ForwardVariant variant, typename Scheduler>
 __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shared) {
-  // While earlier kernels run to their end a share is found from lengths that they may yet change. Behind them it is
-  // found again only where they did.
+  // While earlier kernels run to their end, the share of a small batch is found from lengths that they may yet change.
+  // Behind them it is found again, but not where it is kept and they did not change.
   enum class Found { rehearsed, not_yet, found };
-  // Gathering kernels have no registers for what would have to be kept, and some none for rehearsing.
-  constexpr bool keeps = variant.splits && !variant.gather;
-  constexpr bool rehearses = variant.splits && !(variant.gather && variant.wide && variant.widens());
-  Found share = rehearses && !__all_sync(~0U, shared.readable.is_complete(0)) ? Found::rehearsed : Found::not_yet;
-  if (share == Found::not_yet) ptx::await_earlier_kernels();
+  constexpr bool keeps = variant.keeps_rehearsed();
+  Found share = Found::not_yet;
   Scheduler scheduler(a);
+  if constexpr (variant.splits) {
+    const bool early = !counts_together(a.problem) && !__all_sync(~0U, shared.readable.is_complete(0));
+    if constexpr (keeps) {
+      if (early) share = Found::rehearsed;
+      if (first_lane()) {
+        shared.rehearsal.exists = early;
+        if (!early) shared.rehearsal.rehearsed.arrive();
+      }
+      if (!early) ptx::await_earlier_kernels();
+    } else {
+      // The second time lengths are in the cache. Wide kernels that widen have no registers for a first time.
+      constexpr bool may_be_early = !(variant.wide && variant.widens());
+#pragma unroll 1
+      for (bool once_more = may_be_early && early;; once_more = false) {
+        if (!once_more) ptx::await_earlier_kernels();
+        scheduler.begin(shared.batch_steps());
+        if (!once_more) break;
+      }
+    }
+  } else {
+    ptx::await_earlier_kernels();
+  }
   for (RingPlace<ForwardShared<variant>::work_stages> place;; place.advance()) {
     if constexpr (!variant.splits) {
       // Not more than one tile is taken ahead of its turn: others may have nothing to do by then.
@@ -27,18 +46,23 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
     TileWork& work = shared.works[place.stage()];
     bool found = false;
     for (;;) {
-      if constexpr (variant.splits) {
-        if (share != Found::found) scheduler.begin();
-        if (!rehearses) share = Found::found;
+      if constexpr (keeps) {
+        if (share != Found::found) scheduler.begin(shared.batch_steps());
       }
       found = scheduler.next(work);
       __syncwarp();
-      if constexpr (rehearses) {
+      if constexpr (keeps) {
         const bool rehearsed = share == Found::rehearsed;
         share = Found::found;
         if (rehearsed) {
+          if (first_lane()) shared.rehearsal.rehearsed.arrive();
           ptx::await_earlier_kernels();
-          if (!keeps || !scheduler.still_holds()) {
+          const bool holds = scheduler.still_holds();
+          // Whether this is the tile that loaders will get.
+          const bool stays = holds && (!found || work.blocks.size() > 0);
+          if (first_lane()) shared.rehearsal.holds = stays;
+          if (!stays) shared.rehearsal.looked_up.wait(0);
+          if (!holds) {
             share = Found::not_yet;
             continue;
           }

@@ -41,10 +41,12 @@ __device__ inline float tanh_accurately(float x) {
   return fabsf(x) < 0.25F ? near_zero : fabsf(x) > 15 ? copysignf(1, x) : x != x ? x : elsewhere;
 }
 
-/// Which keys of every eight the scores of a thread are of: the first, and how far from it the second.
+/// Which keys the scores of a thread are of, two of each row in every `stride` keys: the first, and how far from it the
+/// second.
 struct ScoreColumns {
   int first = accumulator_column();
   int step = 1;
+  int stride = 8;
 };
 
 /// Hides from each row of a thread the columns from `ends` on.
@@ -57,8 +59,8 @@ __device__ inline void hide_keys_from(float (&scores)[keys / 2], int end_of_firs
     const int end = end_of[i] - columns.first;
 #pragma unroll
     for (int j = 0; j < keys / 8; ++j) {
-      if (8 * j >= end) scores[4 * j + 2 * i] = -infinity();
-      if (8 * j + columns.step >= end) scores[4 * j + 2 * i + 1] = -infinity();
+      if (columns.stride * j >= end) scores[4 * j + 2 * i] = -infinity();
+      if (columns.stride * j + columns.step >= end) scores[4 * j + 2 * i + 1] = -infinity();
     }
   }
 }
@@ -73,8 +75,8 @@ __device__ inline void hide_keys_before(float (&scores)[keys / 2], int begin_of_
     const int begin = begin_of[i] - columns.first;
 #pragma unroll
     for (int j = 0; j < keys / 8; ++j) {
-      if (8 * j < begin) scores[4 * j + 2 * i] = -infinity();
-      if (8 * j + columns.step < begin) scores[4 * j + 2 * i + 1] = -infinity();
+      if (columns.stride * j < begin) scores[4 * j + 2 * i] = -infinity();
+      if (columns.stride * j + columns.step < begin) scores[4 * j + 2 * i + 1] = -infinity();
     }
   }
 }
@@ -98,12 +100,38 @@ __device__ inline float finish_softmax(float exponent, float sum, float sink, fl
   return with_sink;
 }
 
+/// The lanes that hold a row of scores together: four side by side, as in accumulator.h.
+struct Quad {
+  /// Registers are few: the second row's largest score is looked for while the first row's powers are computed.
+  static constexpr bool rows_in_turn = true;
+  __device__ static bool is_first() { return threadIdx.x % 4 == 0; }
+  __device__ static float max(float x) { return quad_max(x); }
+  __device__ static float sum(float x) { return quad_sum(x); }
+};
+/// The same: every fourth lane, as in stream_products.h.
+struct EveryFourth {
+  static constexpr bool rows_in_turn = false;
+  __device__ static bool is_first() { return threadIdx.x % 32 < 4; }
+  __device__ static float max(float x) {
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) x = fmaxf(x, __shfl_xor_sync(~0U, x, distance));
+    return x;
+  }
+  __device__ static float sum(float x) {
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) x += __shfl_xor_sync(~0U, x, distance);
+    return x;
+  }
+};
+
 /// Weights are 2**(scale * score - exponent), where a row's exponent is that of its reference, its largest score so
 /// far, less that of the largest weight: the weight that counts most is a power of two, which loses nothing when it is
 /// rounded.
-class OnlineSoftmax {
+template <typename Lanes>
+class OnlineSoftmaxOf {
  public:
-  __device__ explicit OnlineSoftmax(float scale, float largest_exponent = 0)
+  OnlineSoftmaxOf() = default;
+  __device__ explicit OnlineSoftmaxOf(float scale, float largest_exponent = 0)
       : scale_(scale), largest_exponent_(largest_exponent) {
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
@@ -117,14 +145,22 @@ class OnlineSoftmax {
   template <int keys>
   __device__ bool update(float (&scores)[keys / 2], float (&rescale)[rows_of_thread]) {
     bool rescales = false;
-    // The second row's largest score is looked for while the first row's powers are computed. So that the assembler
-    // does not look for both first, it is made to depend on the first power, which changes nothing.
-    float before_any = -infinity();
+    if constexpr (Lanes::rows_in_turn) {
+      // So that the assembler does not look for both rows' largest scores first, the second is made to depend on the
+      // first row's first power, which changes nothing.
+      float before_any = -infinity();
 #pragma unroll
-    for (int i = 0; i < rows_of_thread; ++i) {
-      const float largest = quad_max(largest_of_row<keys>(scores, i, before_any));
-      rescales |= weigh_row<keys>(scores, i, largest, rescale[i]);
-      before_any = scores[2 * i] * -infinity();  // -inf, or NaN: neither is a maximum
+      for (int i = 0; i < rows_of_thread; ++i) {
+        const float largest = Lanes::max(largest_of_row<keys>(scores, i, before_any));
+        rescales |= weigh_row<keys>(scores, i, largest, rescale[i]);
+        before_any = scores[2 * i] * -infinity();  // -inf, or NaN: neither is a maximum
+      }
+    } else {
+      float largest[rows_of_thread];
+#pragma unroll
+      for (int i = 0; i < rows_of_thread; ++i) largest[i] = Lanes::max(largest_of_row<keys>(scores, i, -infinity()));
+#pragma unroll
+      for (int i = 0; i < rows_of_thread; ++i) rescales |= weigh_row<keys>(scores, i, largest[i], rescale[i]);
     }
     return rescales;
   }
@@ -143,8 +179,8 @@ class OnlineSoftmax {
   }
 
   /// The sum of row i's weights, which may then be replaced by that of more keys.
-  __device__ float sum(int i) const { return quad_sum(sum_[i]); }
-  __device__ void set_sum(int i, float sum) { sum_[i] = accumulator_column() == 0 ? sum : 0; }
+  __device__ float sum(int i) const { return Lanes::sum(sum_[i]); }
+  __device__ void set_sum(int i, float sum) { sum_[i] = Lanes::is_first() ? sum : 0; }
 
   /// Ends the sums: see finish_softmax().
   __device__ float finish(int i, float sink, float& share) const {
@@ -205,6 +241,8 @@ class OnlineSoftmax {
   float reference_[rows_of_thread];
   float sum_[rows_of_thread];
 };
+
+using OnlineSoftmax = OnlineSoftmaxOf<Quad>;
 
 /// Clears row i of an accumulator.
 template <int columns>

@@ -132,6 +132,57 @@ class StepCounter : public TileFinder<variant> {
   }
 };
 
+/// How many steps tiles take.
+struct StepsOfTiles {
+  int all = 0;
+  int fewest = max_length;  ///< of a tile
+  int most = 0;             ///< of a tile; where a sequence has several tiles, 0: they are not alike
+
+  template <typename Count>
+  __device__ void add(const Count& of_sequence) {
+    all += of_sequence.steps;
+    const int of_tile = of_sequence.tiles <= 1 ? of_sequence.steps : 0;
+    if (of_sequence.tiles > 0 && of_tile < fewest) fewest = of_tile;
+    if (of_tile > most) most = of_tile;
+  }
+  /// Of all lanes together.
+  __device__ StepsOfTiles reduced() const {
+    return {__reduce_add_sync(~0U, all), __reduce_min_sync(~0U, fewest), __reduce_max_sync(~0U, most)};
+  }
+};
+
+/// What the warps of a block of threads have counted together, since a batch is more than a warp has lanes for.
+struct BatchSteps {
+  static constexpr int most_warps = 16;
+  static constexpr int chunks = 32;  // one for each lane that reads them
+  StepsOfTiles of_warp[most_warps];
+  int of_chunk[chunks];  ///< all steps of every 32 sequences; beyond so many chunks they are not kept
+};
+
+/// Whether warps count together.
+__device__ inline bool counts_together(const Problem& problem) { return problem.batch > 32; }
+
+/// Used by all threads of a block of threads together, which may read lengths by now.
+template <ForwardVariant variant>
+__device__ void count_together(const ForwardArguments& a, BatchSteps& steps) {
+  constexpr int warps = variant.threads() / 32;
+  static_assert(warps <= BatchSteps::most_warps);
+  const StepCounter<variant> counter(a, this_worker<variant>(a));
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  StepsOfTiles mine;
+#pragma unroll 1
+  for (int chunk = warp; chunk * 32 < a.problem.batch; chunk += warps) {
+    const auto count = counter.count(32 * chunk + lane);
+    mine.add(count);
+    const int all = counter.warp_sum(count.steps);
+    if (lane == 0 && chunk < BatchSteps::chunks) steps.of_chunk[chunk] = all;
+  }
+  mine = mine.reduced();
+  if (lane == 0) steps.of_warp[warp] = mine;
+  if constexpr (!variant.gather) ptx::fence_proxy_async();  // the copy engine will write there
+}
+
 /// Used by all lanes of one warp together.
 template <ForwardVariant variant>
 class SplitScheduler : StepCounter<variant> {
@@ -139,39 +190,30 @@ class SplitScheduler : StepCounter<variant> {
   __device__ explicit SplitScheduler(const ForwardArguments& arguments)
       : StepCounter<variant>(arguments, this_worker<variant>(arguments)) {}
 
-  /// Finds this block's share: before all else.
-  __device__ void begin() {
-    steps_of_unit_ = 0;
-    steps_of_chunk_ = 0;
+  /// Finds this block's share: before all else. `counted` is of a batch that warps have counted together.
+  __device__ void begin(const BatchSteps& counted) {
     unit_ = 0;
     first_sequence_ = 0;
     end_of_sequence_ = 0;
-    // The last sequences are counted first, so that the first ones need not be counted twice.
-    int fewest = max_length;  // in a tile
-    int most = 0;
-#pragma unroll 1
-    for (int chunk = divide_up(problem().batch, 32) - 1; chunk >= 0; --chunk) {
-      count_ = this->count(32 * chunk + lane());
-      const int steps = this->warp_sum(count_.steps);
-      steps_of_unit_ += steps;
-      if (lane() == chunk) steps_of_chunk_ = steps;
-      // Where a sequence has several tiles, 0: they are not alike.
-      const int of_tile = count_.tiles <= 1 ? count_.steps : 0;
-      if (count_.tiles > 0 && of_tile < fewest) fewest = of_tile;
-      if (of_tile > most) most = of_tile;
+    StepsOfTiles steps;
+    if (counts_together(problem())) {
+      if (lane() < variant.threads() / 32) steps = counted.of_warp[lane()];
+    } else {
+      count_ = this->count(lane());
+      steps.add(count_);
     }
-    fewest = __reduce_min_sync(~0U, fewest);
-    shares_ = Shares(steps_of_unit_ * units(), worker_.workers, fewest == __reduce_max_sync(~0U, most) ? fewest : 0);
+    steps = steps.reduced();
+    steps_of_unit_ = steps.all;
+    shares_ = Shares(steps_of_unit_ * units(), worker_.workers, steps.fewest == steps.most ? steps.fewest : 0);
     share_ = shares_.of(worker_.number);
     if (share_.begin < share_.end) {
       unit_ = divide(share_.begin, steps_of_unit_);
-      seek(share_.begin - unit_ * steps_of_unit_);
+      seek(counted, share_.begin - unit_ * steps_of_unit_);
     }
   }
 
-  /// Whether what was read of the sequences is what memory says now, as far as it was kept: false for a large batch.
+  /// Whether what was read of the sequences, which this warp has counted alone, is what memory says now.
   __device__ bool still_holds() const {
-    if (problem().batch > 32) return false;
     bool same = true;
     if (lane() < problem().batch) {
       same = query_capacity(problem().queries, lane()) == count_.capacity &&
@@ -207,19 +249,20 @@ class SplitScheduler : StepCounter<variant> {
     return x;
   }
 
-  /// Goes to the chunk of 32 sequences in which a step of the unit lies, or to the first that no lane remembers.
-  __device__ void seek(int step) {
-    const int end = warp_prefix_sum(steps_of_chunk_);
-    const unsigned beyond = __ballot_sync(~0U, end > step);
-    const int chunk = beyond != 0 ? __ffs(beyond) - 1 : 32;
+  /// Goes to the chunk of 32 sequences in which a step of the unit lies, or to the first that is not kept.
+  __device__ void seek(const BatchSteps& counted, int step) {
     end_of_sequence_ = unit_ * steps_of_unit_;
-    if (chunk == 0) {
+    if (!counts_together(problem())) {
       end_of_sequence_ += warp_prefix_sum(count_.steps);
-    } else {
-      // The end of the chunk before, from which find() goes on.
-      first_sequence_ = 32 * (chunk - 1);
-      end_of_sequence_ += __shfl_sync(~0U, end, chunk - 1);
+      return;
     }
+    // To the end of the chunk before, from which find() goes on.
+    const int end = warp_prefix_sum(32 * lane() < problem().batch ? counted.of_chunk[lane()] : 0);
+    const unsigned beyond = __ballot_sync(~0U, end > step);
+    const int chunk = beyond != 0 ? __ffs(beyond) - 1 : BatchSteps::chunks;
+    const int before = __shfl_sync(~0U, end, chunk - 1);
+    first_sequence_ = 32 * (chunk - 1);
+    if (chunk > 0) end_of_sequence_ += before;
   }
 
   /// Goes past the steps of a tile. Returns whether there is something to do in them.
@@ -233,7 +276,7 @@ class SplitScheduler : StepCounter<variant> {
         first_sequence_ = 0;
         ++unit_;
       }
-      if (problem().batch > 32) count_ = this->count(first_sequence_ + lane());
+      if (counts_together(problem())) count_ = this->count(first_sequence_ + lane());
       end_of_sequence_ = begin + warp_prefix_sum(count_.steps);
     }
     const int found = __ffs(beyond) - 1;
@@ -300,7 +343,6 @@ class SplitScheduler : StepCounter<variant> {
   // Steps are counted unit by unit, so that heads of one sequence, whose rows are neighbours in memory, are read by
   // several blocks of threads at the same time rather than by one of them one after another.
   int steps_of_unit_;
-  int steps_of_chunk_;  ///< of that which has this lane's number
   int unit_;
   int first_sequence_;
   Count count_;          ///< of this lane's sequence, among the 32 from first_sequence_ on

@@ -49,6 +49,14 @@ __device__ inline void load_matrices_transposed(unsigned shared_address, unsigne
                : "memory");
 }
 
+/// A warp transposes a matrix of 8 by 8 elements of 16 bits, of which each lane has two of a row (movmatrix): lane l
+/// has those of row l / 4 from column 2 (l % 4) on, before and after.
+__device__ inline unsigned transpose_matrix(unsigned words) {
+  unsigned transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(words));
+  return transposed;
+}
+
 /// Sets how many registers each thread of this warpgroup has: the whole warpgroup calls it.
 template <int registers>
 __device__ inline void give_up_registers() {
