@@ -20,12 +20,24 @@ BARS = {torch.float32: Bars(2e-6), torch.bfloat16: Bars(4e-3), torch.float16: Ba
 E4M3_PRODUCTS = Bars(4e-2, 5e-3)
 
 
+def is_widened(call: Call) -> bool:
+    """Whether a GPU widens what is e4m3 in such a call, wherever its rows lie and however its keys are shared out."""
+    a = call.normalised
+    if a.qv is not None or a.batch_invariant or max(a.q.shape[-1], a.v.shape[-1]) > 256:
+        return True
+    ragged = a.cu_seqlens_q is not None
+    if ragged and a.seqused_q is not None:
+        return False
+    rows = a.q.shape[0 if ragged else 1] if a.max_seqlen_q is None else int(a.max_seqlen_q)
+    group = 1 if a.pack_gqa is False else a.q.shape[-2] // max(a.k.shape[-2], 1)
+    return rows * group <= 64  # decoding
+
+
 def bars(call: Call, device: Any = None) -> Bars:
     """Of a call that is made on `device`, if not where its tensors are."""
     a = call.normalised
     on_gpu = torch.device(device or a.q.device).type == "cuda"
-    widened = a.qv is not None or max(a.q.shape[-1], a.v.shape[-1]) > 256  # whatever the rest of the call is
-    return E4M3_PRODUCTS if on_gpu and a.q.dtype is FP8 and not widened else BARS[a.q.dtype]
+    return E4M3_PRODUCTS if on_gpu and a.q.dtype is FP8 and not is_widened(call) else BARS[a.q.dtype]
 
 
 def rms(x: torch.Tensor, dim: Any = None) -> torch.Tensor:

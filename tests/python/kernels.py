@@ -31,7 +31,7 @@ def not_served(call: Any) -> list[str]:
 
 
 class Kind(NamedTuple):
-    """Calls that share their kernels: up to 28, for one way to load and to share out keys each."""
+    """Calls that share their kernels: up to 23, for one way to load and to share out keys each."""
 
     head_size: int  # of keys, the largest that the kernels serve
     head_size_v: int

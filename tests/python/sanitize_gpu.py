@@ -53,7 +53,8 @@ def calls() -> list[Call]:
         seeds = itertools.count(SEED * 1_000_003 + number * 1000)
         drawn = (draw(seed, kinds=[kind]) for seed in seeds)
         with_rows = (call for call in drawn if call.normalised.q.numel() > 0)
-        chosen = [several_tiles(kind, causal=False), several_tiles(kind, causal=True), decoding(kind), mixed(kind)]
+        chosen = [several_tiles(kind, causal=False), several_tiles(kind, causal=True)]
+        chosen += [decoding(kind, (390, 70)), mixed(kind), decoding(kind, (33, 0) * 20)]
         if kind.dtype is FP8 and not kind.qv:
             chosen.append(many_keys(kind))
         chosen += itertools.islice(with_rows, CALLS_OF_KIND - len(chosen))
@@ -85,23 +86,24 @@ def many_keys(kind: Kind) -> Call:
     return Call("flash_attn_func", {**tensors, "return_attn_probs": True})
 
 
-def decoding(kind: Kind) -> Call:
+def decoding(kind: Kind, lengths: tuple[int, ...]) -> Call:
     """A call that appends to a cache of pages, rotates, and shares out the keys of long sequences."""
     numbers = torch.Generator().manual_seed(SEED)
     sizes = {"k": kind.head_size, "v": kind.head_size_v}
-    shapes = {"q": (2, 2, 4, kind.head_size)}
+    batch, pages = len(lengths), max(lengths) // 16 + 1
+    shapes = {"q": (batch, 2, 4, kind.head_size)}
     if kind.qv:
-        shapes["qv"] = (2, 2, 4, kind.head_size_v)
-    shapes |= {name: (2, 2, 2, size) for name, size in sizes.items()}
-    shapes |= {f"{name}_cache": (50, 16, 2, size) for name, size in sizes.items()}
+        shapes["qv"] = (batch, 2, 4, kind.head_size_v)
+    shapes |= {name: (batch, 2, 2, size) for name, size in sizes.items()}
+    shapes |= {f"{name}_cache": (batch * pages, 16, 2, size) for name, size in sizes.items()}
     types = {"k_cache": kind.key_type, "v_cache": kind.key_type}
     arguments: dict[str, Any] = {
         name: torch.randn(shape, generator=numbers).to(types.get(name, kind.dtype)) for name, shape in shapes.items()
     }
     angles = torch.rand((400, 8), generator=numbers)
     arguments |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": False}
-    arguments["page_table"] = torch.randperm(50, generator=numbers).to(torch.int32).view(2, 25)
-    arguments["cache_seqlens"] = torch.tensor([390, 70], dtype=torch.int32)
+    arguments["page_table"] = torch.randperm(batch * pages, generator=numbers).to(torch.int32).view(batch, pages)
+    arguments["cache_seqlens"] = torch.tensor(lengths, dtype=torch.int32)
     softcap = 5.0 if kind.softcap else 0.0
     return Call(
         "flash_attn_with_kvcache", {**arguments, "causal": True, "softcap": softcap, "return_softmax_lse": True}
@@ -110,7 +112,7 @@ def decoding(kind: Kind) -> Call:
 
 def mixed(kind: Kind) -> Call:
     """A call that reads a prompt and decodes other sequences."""
-    call = decoding(kind)
+    call = decoding(kind, (390, 70))
     numbers = torch.Generator().manual_seed(SEED)
     counts = torch.tensor([1, 150, 1, 1, 0, 1], dtype=torch.int32)
     ends = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))

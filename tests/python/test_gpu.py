@@ -109,7 +109,62 @@ def capture(call: Call, mate: ModuleType) -> tuple[torch.cuda.CUDAGraph, tuple]:
     return graph, results
 
 
+@pytest.mark.parametrize("page_size", [16, 1])
+@pytest.mark.parametrize(("batch", "rows"), [(33, 1), (300, 1), (1100, 1), (70, 20)])
+def test_many_sequences(mate: ModuleType, device: str, batch: int, rows: int, page_size: int) -> None:
+    lengths = [random.choice((0, 1, random.randrange(400))) for _ in range(batch)]
+    pages = 400 // page_size
+    cache = randn(2000 // page_size, 2, page_size, 2, 64)
+    table = torch.randint(len(cache), (batch, pages), device=DEVICE, dtype=torch.int32)
+    arguments = {"q": randn(batch, rows, 8, 64), "page_table": table}
+    arguments |= {"k_cache": cache[:, 0], "v_cache": cache[:, 1]}
+    options = {"cache_seqlens": int32(*lengths), "return_softmax_lse": True}
+    check(Call("flash_attn_with_kvcache", {**arguments, **options}), mate)
+
+
+def test_many_prompts_and_decodes(mate: ModuleType, device: str) -> None:
+    check(mixed((1,) * 36 + (200, 3, 70, 130)), mate)
+
+
 # Graphs, streams and threads.
+
+
+LATE_COPY = """
+extern "C" __global__ void copy_late(int* to, const int* from, int count) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  const long long begin = clock64();
+  while (clock64() - begin < 100000) {}
+  for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+}
+"""
+
+
+@pytest.mark.parametrize("page_size", [16, 1])
+@pytest.mark.parametrize("name", ["cache_seqlens", "page_table", "k_cache"])
+@pytest.mark.parametrize(
+    "lengths", [(300, 77, 129, 1), (300, 0, 129, 0), (0, 129, 0, 300), (0, 0, 0, 0), (50, 399) * 20]
+)
+def test_what_the_kernel_before_writes_late(
+    mate: ModuleType, device: str, lengths: tuple, name: str, page_size: int
+) -> None:
+    """A kernel that lets the next begin before it has written what that one reads."""
+    copy_late = torch.cuda._compile_kernel(LATE_COPY, "copy_late")
+    call = paged(lengths, page_size=page_size)
+    target = call.arguments[name]
+    old = target.clone()
+    new = target.flip(0, 1) if name == "page_table" else target.flip(0)
+    late = torch.empty_like(target).copy_(new)
+    if name == "k_cache":  # a view of half of a tensor
+        target = call.arguments[name] = target.contiguous()
+    call.run(mate)
+    target.copy_(old)
+    as_ints = [x.contiguous().view(-1).view(torch.int32) for x in (target, late)]
+    assert as_ints[0].data_ptr() == target.data_ptr()
+    torch.cuda.synchronize()
+    copy_late((1, 1, 1), (256, 1, 1), (*as_ints, as_ints[0].numel()))
+    results = call.run(mate)
+    assert torch.equal(target, late)
+    check_result(*results[:2], evaluate(call.function, call.arguments), bars(call))
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -623,6 +678,15 @@ def test_e4m3_sums_of_many_keys(mate: ModuleType, device: str, size: int) -> Non
     call = Call("flash_attn_func", e4m3_call(lambda *shape: randn(*shape) + 1, shapes))
     whole = float(error(call.run(mate)[0], evaluate(call.function, call.arguments).out))
     assert whole <= 3e-2, f"relative error {whole:.3g}"
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_e4m3_with_scores_beyond_all_measure(mate: ModuleType, device: str, size: int, scale: float) -> None:
+    """Exponents are rounded to whole numbers, and coarser, long before they are infinite."""
+    torch.manual_seed(0)
+    tensors = {name: (randn(1, 300, 2, size) * 100).clamp(-448, 448).to(FP8) for name in ("q", "k", "v")}
+    check(Call("flash_attn_func", {**tensors, "softmax_scale": scale}), mate)
 
 
 @pytest.mark.parametrize("inputs", ["normal", "outliers"])
