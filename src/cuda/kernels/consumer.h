@@ -147,7 +147,7 @@ class Consumer {
 
   /// The keys of a step in a block of values, from a column on that begins a chunk.
   __device__ static unsigned values_of_step(unsigned v, int step, int first_column) {
-    if constexpr (variant.transposes()) {
+    if constexpr (variant.e4m3) {
       return ptx::advance(v, first_column * chunk_row_bytes + bytes_of_step<variant.head_dim_v>(step));
     }
     return ptx::advance(v, (first_column / chunk_columns * variant.block_keys + step * 16) * chunk_row_bytes);

@@ -264,19 +264,16 @@ class ForwardLoader {
       const bool clears = !variant.prepares() && !variant.stream() && fetches_unseen(work, n);
       fetch<variant.head_dim_v>(reads_once(work), tile, a_.v, clears ? shared_.v_fetched : full, v_bytes, work.head_k,
                                 places);
-      if (clears) clear_unseen(work, n, tile, full);
+      if (clears) clear_fetched(work, n, tile, full);
     }
   }
 
-  /// Values that no row of the sequence sees must not meet weights of 0, since they may be NaN.
-  __device__ void clear_unseen(const TileWork& work, int n, unsigned char* tile, ptx::Mbarrier& full) {
+  /// Clears what no row sees once it is there, and hands the block over.
+  __device__ void clear_fetched(const TileWork& work, int n, unsigned char* tile, ptx::Mbarrier& full) {
     shared_.v_fetched.wait(v_fetched_parity_);
     v_fetched_parity_ ^= 1;
-    const int first_key = n * variant.block_keys;
-    const int begin = clamp(work.seen.begin - first_key, 0, variant.block_keys);
-    const int end = clamp(work.seen.end - first_key, 0, variant.block_keys);
-    clear_rows<variant.block_keys>(tile, variant.head_dim_v, 0, begin);
-    clear_rows<variant.block_keys>(tile, variant.head_dim_v, end, variant.block_keys);
+    clear_unseen<variant.block_keys, key_bytes>(tile, variant.head_dim_v, work.seen, n * variant.block_keys,
+                                                variant.block_keys);
     ptx::fence_proxy_async();
     __syncwarp();
     if (first_lane()) full.arrive();

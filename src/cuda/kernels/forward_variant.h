@@ -51,7 +51,7 @@ struct ForwardVariant {
   bool wide = false;    ///< the kernel of wide.h
   int stream_rows = 0;  ///< rows of a tile of the kernel of stream.h; 0: another kernel, that of forward.h or wide.h
   bool qv = false;      ///< scores are of values too (wide)
-  bool e4m3 = false;    ///< e4m3 is multiplied as it is, and by weights of e4m3; else it is widened
+  bool e4m3 = false;    ///< e4m3 is multiplied as it is, values transposed, by weights of e4m3; else it is widened
 
   constexpr bool stream() const { return stream_rows > 0; }
   /// Whether all query rows of a unit of heads, in any sequence, are one tile: decoding.
@@ -74,8 +74,6 @@ struct ForwardVariant {
   /// Keys and values, and queries, are e4m3, which is widened in shared memory.
   constexpr bool widens() const { return scaled() && !stream() && !e4m3; }
   constexpr bool widens_queries() const { return types.query == ElementType::float8_e4m3 && !stream() && !e4m3; }
-  /// Values are transposed in shared memory: products of e4m3 take only what lies along the sum.
-  constexpr bool transposes() const { return e4m3; }
   /// Sums of products of e4m3 are set aside as often: see carried_sums.h. In shared memory, if they fit there.
   constexpr int blocks_between_carries() const { return (carries_in_shared() ? 1024 : 2048) / block_keys; }
   constexpr bool carries_in_shared() const { return head_dim_v <= 128; }
@@ -85,7 +83,7 @@ struct ForwardVariant {
     return carries_in_shared() ? carried_sums() * static_cast<int>(sizeof(float)) : 0;
   }
   /// Values, at least, are not multiplied as they are fetched.
-  constexpr bool prepares() const { return widens() || transposes(); }
+  constexpr bool prepares() const { return widens() || e4m3; }
   /// One consumer, which may wait for nothing but memory: producers are the more.
   constexpr bool awaits_memory() const { return warpgroups == 1; }
   /// Of the scheduler, the loaders and the preparers.
@@ -116,8 +114,8 @@ struct ForwardVariant {
   constexpr int q_bytes() const { return tile_rows() * q_chunks() * chunk_row_bytes; }
   constexpr int k_bytes() const { return block_keys * chunks_of(head_dim, key_bytes()) * chunk_row_bytes; }
   constexpr int v_bytes() const {
-    return transposes() ? head_dim_v * chunks_of(block_keys, key_bytes()) * chunk_row_bytes
-                        : block_keys * chunks_of(head_dim_v, key_bytes()) * chunk_row_bytes;
+    return e4m3 ? head_dim_v * chunks_of(block_keys, key_bytes()) * chunk_row_bytes
+                : block_keys * chunks_of(head_dim_v, key_bytes()) * chunk_row_bytes;
   }
   /// Of blocks before they are prepared.
   constexpr int fetched_k_bytes() const { return widens() ? block_keys * chunks_of(head_dim, 1) * chunk_row_bytes : 0; }
@@ -146,9 +144,9 @@ struct ForwardVariant {
   constexpr bool moves_registers() const { return threads() > 256; }
   constexpr int registers_at_start() const { return moves_registers() ? 64 * 1024 / threads() / 8 * 8 : 248; }
   constexpr int producer_registers() const {
-    if (warpgroups == 3) return transposes() ? 56 : 32;
+    if (warpgroups == 3) return e4m3 ? 56 : 32;
     if (wide && widens()) return 80;
-    if (transposes()) return splits ? 88 : gather ? 72 : 56;
+    if (e4m3) return splits ? 88 : gather ? 72 : 56;
     return gather || splits || (widens() && producer_warpgroups() == 1) ? 88 : 40;
   }
   /// Of warpgroups of producers beside the first.

@@ -47,7 +47,7 @@ __device__ inline unsigned byte_offset(unsigned row, unsigned byte) {
 }
 
 /// A warp clears rows begin .. end of a tile.
-template <int rows, int element_bytes = 2>
+template <int rows, int element_bytes>
 __device__ inline void clear_rows(unsigned char* tile, int head_dim, int begin, int end) {
   const int pieces = chunks_of(head_dim, element_bytes) * 8;
   // This is rare: what follows from the lane had better not be kept in registers all along.
@@ -56,6 +56,14 @@ __device__ inline void clear_rows(unsigned char* tile, int head_dim, int begin, 
   for (int i = begin * pieces + lane; i < end * pieces; i += 32) {
     *reinterpret_cast<uint4*>(tile + piece_offset<rows>(i / pieces, i % pieces)) = make_uint4(0, 0, 0, 0);
   }
+}
+
+/// Values that no row of the sequence sees must not meet weights of 0, since they may be NaN: a warp clears them in
+/// `count` rows of a tile, those of the keys from `first_key` on.
+template <int rows, int element_bytes>
+__device__ inline void clear_unseen(unsigned char* tile, int head_dim, KeyRange seen, int first_key, int count) {
+  clear_rows<rows, element_bytes>(tile, head_dim, 0, clamp(seen.begin - first_key, 0, count));
+  clear_rows<rows, element_bytes>(tile, head_dim, clamp(seen.end - first_key, 0, count), count);
 }
 
 /// What a pointer to constants points to.

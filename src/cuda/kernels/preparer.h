@@ -81,8 +81,8 @@ class Preparer {
     const int end = work.seen.end - n * variant.block_keys;
     prepare_block(shared_.fetched_v, shared_.fetched_v_tiles.tiles, shared_.v, shared_.v_tiles, place,
                   [&](unsigned char* from, unsigned char* to) {
-                    if constexpr (variant.transposes()) {
-                      if (!variant.gather && (begin > 0 || end < variant.block_keys)) clear_unseen(from, begin, end);
+                    if constexpr (variant.e4m3) {
+                      if (!variant.gather && (begin > 0 || end < variant.block_keys)) clear_columns(from, begin, end);
                       Transposed::run(from, to, warp());
                     } else {
                       widen_block<variant.head_dim_v>(from, to, [&](int row) { return row >= begin && row < end; });
@@ -93,7 +93,7 @@ class Preparer {
   using Transposed = Transposition<variant.block_keys, variant.head_dim_v, variant.preparer_warps()>;
 
   /// Clears rows before `begin` and from `end` on, of the columns that this warp transposes.
-  __device__ static void clear_unseen(unsigned char* tile, int begin, int end) {
+  __device__ static void clear_columns(unsigned char* tile, int begin, int end) {
     const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll 1
     for (int piece = Transposed::first_piece(warp()); piece < Transposed::end_piece(warp()); ++piece) {

@@ -121,19 +121,13 @@ class StreamConsumer : Consumer<variant> {
 
     await(shared_.v, next_);
     unsigned char* const values = shared_.v_tiles[next_.stage()].rows + first_row * chunk_row_bytes;
-    if (first_key < work.seen.begin || first_key + keys > work.seen.end) clear_unseen(values, work.seen, first_key);
+    if (first_key < work.seen.begin || first_key + keys > work.seen.end) {
+      clear_unseen<variant.block_keys, variant.key_bytes()>(values, variant.head_dim_v, work.seen, first_key, keys);
+      if constexpr (!variant.gather) ptx::fence_proxy_async();  // the copy engine will write there
+      __syncwarp();
+    }
     Products::add_values(values, scores, sums);
     release_read<variant>(shared_.v.empty[next_.stage()]);
-  }
-
-  /// Values that no row of the sequence sees must not meet weights of 0, since they may be NaN.
-  __device__ static void clear_unseen(unsigned char* tile, KeyRange seen, int first_key) {
-    clear_rows<variant.block_keys, variant.key_bytes()>(tile, variant.head_dim_v, 0,
-                                                        clamp(seen.begin - first_key, 0, keys));
-    clear_rows<variant.block_keys, variant.key_bytes()>(tile, variant.head_dim_v, clamp(seen.end - first_key, 0, keys),
-                                                        keys);
-    if constexpr (!variant.gather) ptx::fence_proxy_async();  // the copy engine will write there
-    __syncwarp();
   }
 
   /// This warp's part in merging the sums of all, which end with block `begin`.
