@@ -2,9 +2,10 @@
 
     python tests/python/sanitize_gpu.py [--reports FOLDER] [TOOL ...]
 
-Compiles the kernels, then makes the calls under each tool, all of them by default. Leaves one report a tool, and fails
-where one of them has found something or where a result is wrong. The calls are the same in each run; MATE_SEED=N draws
-others. Nothing but the library's kernels runs on the GPU: inputs are made, and results are judged, on the host.
+Compiles the kernels, then makes the calls under each tool, all of them by default, side by side. Leaves one report a
+tool, and fails where one of them has found something or where a result is wrong. The calls are the same in each run;
+MATE_SEED=N draws others. Nothing but the library's kernels runs on the GPU: inputs are made, and results are judged, on
+the host.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional
 
@@ -191,7 +193,9 @@ def main(arguments: Optional[list[str]] = None) -> None:
     sources = {name: text for kind in KINDS for name, text in kind.sources.items()}
     compile_kernels(sources)
     options.reports.mkdir(parents=True, exist_ok=True)
-    well = [run_tool(sanitizer, tool, options.reports) for tool in options.tools or TOOLS]
+    tools = options.tools or TOOLS
+    with ThreadPoolExecutor(len(tools)) as pool:  # they keep the host busy, not the GPU
+        well = list(pool.map(lambda tool: run_tool(sanitizer, tool, options.reports), tools))
     sys.exit(0 if all(well) else 1)
 
 
