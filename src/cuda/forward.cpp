@@ -147,9 +147,10 @@ std::int64_t key_capacity(const Problem& p) {
 /// Keys of the longest sequence, as far as the host knows.
 int most_keys(const Problem& p) { return static_cast<int>(std::min<std::int64_t>(key_capacity(p), p.max_seqlen_k)); }
 
-/// Packed rows of the longest sequence, where all heads of a group are packed.
+/// Packed rows of the longest sequence, where all heads of a group are packed: those that are cleared, too.
 std::int64_t most_packed_rows(const Problem& p) {
-  return std::int64_t{most_rows(p)} * (p.pack_gqa == 0 ? 1 : p.group());
+  const int rows = p.ragged_queries() ? p.max_seqlen_q : p.queries.rows;
+  return std::int64_t{rows} * (p.pack_gqa == 0 ? 1 : p.group());
 }
 
 /// Whether all packed rows of any sequence fit one consumer: decoding, mostly. Where some rows of ragged sequences are

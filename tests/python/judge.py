@@ -28,7 +28,7 @@ def is_widened(call: Call) -> bool:
     ragged = a.cu_seqlens_q is not None
     if ragged and a.seqused_q is not None:
         return False
-    rows = a.q.shape[0 if ragged else 1] if a.max_seqlen_q is None else int(a.max_seqlen_q)
+    rows = int(a.max_seqlen_q) if ragged else a.q.shape[1]
     group = 1 if a.pack_gqa is False else a.q.shape[-2] // max(a.k.shape[-2], 1)
     return rows * group <= 64  # decoding
 

@@ -122,6 +122,11 @@ def test_many_sequences(mate: ModuleType, device: str, batch: int, rows: int, pa
     check(Call("flash_attn_with_kvcache", {**arguments, **options}), mate)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 20])
+def test_rows_beyond_the_longest_sequence_are_cleared(mate: ModuleType, device: str, rows: int) -> None:
+    check(cached((500, 64, 129, 0), rows, seqused_q=int32(1, 1, 0, 1), max_seqlen_q=1), mate)
+
+
 def test_many_prompts_and_decodes(mate: ModuleType, device: str) -> None:
     check(mixed((1,) * 36 + (200, 3, 70, 130)), mate)
 
