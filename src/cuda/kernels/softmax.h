@@ -3,6 +3,7 @@
 
 #include "accumulator.h"
 #include "attention/visibility.h"
+#include "ptx/math.h"
 
 namespace mate::cuda {
 
@@ -11,23 +12,9 @@ inline constexpr float ln_of_2 = 0.6931471805599453F;
 
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
-__device__ inline float exp2_approximately(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline float log2_approximately(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline float reciprocal_approximately(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+using ptx::exp2_approximately;
+using ptx::log2_approximately;
+using ptx::reciprocal_approximately;
 
 /// tanh, to about 1e-7 of itself near 0 and of 1 elsewhere: tanh.approx is not exact enough for scores.
 __device__ inline float tanh_accurately(float x) {

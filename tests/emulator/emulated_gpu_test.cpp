@@ -1,0 +1,99 @@
+// The kernels of the NVIDIA backend on a GPU that is emulated: random calls of attention() are made of tensors that say
+// they are on a GPU, and judged as those on the CPU are. Nothing here says how fast a kernel is, nor whether its
+// threads race: they run in turns.
+#include <dlfcn.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+
+#include "cpp/random_call.h"
+
+namespace mate {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// Memory of the process that a tensor says is a GPU's.
+void move_to_gpu(Tensor& tensor) {
+  if (!tensor.given()) return;
+  std::vector<std::int64_t> shape(tensor.shape(), tensor.shape() + tensor.ndim());
+  std::vector<std::int64_t> strides;
+  for (int i = 0; i < tensor.ndim(); ++i) strides.push_back(tensor.stride(i));
+  tensor =
+      Tensor(DLTensor{tensor.data(), {kDLCUDA, 0}, tensor.ndim(), tensor.dtype(), shape.data(), strides.data(), 0});
+}
+
+void move_to_gpu(AttentionArguments& a) {
+  for (Tensor* tensor : {&a.q,
+                         &a.k,
+                         &a.v,
+                         &a.qv,
+                         &a.out,
+                         &a.lse,
+                         &a.cu_seqlens_q,
+                         &a.cu_seqlens_k,
+                         &a.seqused_q,
+                         &a.seqused_k,
+                         &a.page_table,
+                         &a.cache_batch_idx,
+                         &a.cache_leftpad,
+                         &a.k_new,
+                         &a.v_new,
+                         &a.cu_seqlens_k_new,
+                         &a.rotary_cos,
+                         &a.rotary_sin,
+                         &a.rotary_seqlens,
+                         &a.q_descale,
+                         &a.k_descale,
+                         &a.v_descale,
+                         &a.learnable_sink,
+                         &a.cp_tot_seqused_k,
+                         &a.scheduler_metadata}) {
+    move_to_gpu(*tensor);
+  }
+}
+
+/// What the GPU serves, by the same bars as the CPU: it may lose more of e4m3 where it multiplies it as it is.
+bool is_served(const AttentionArguments& a) { return a.q.dtype() != float32 && a.q.dtype() != float8_e4m3fn; }
+
+class EmulatedGpu : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    // The library finds the driver and the compiler as it would those of a machine with a GPU.
+    ASSERT_NE(dlopen(MATE_DRIVER, RTLD_NOW | RTLD_GLOBAL), nullptr) << dlerror();
+    std::string folder = fs::temp_directory_path() / "mate-emulated-gpu-XXXXXX";
+    ASSERT_NE(mkdtemp(folder.data()), nullptr);
+    folder_ = folder;
+    setenv("TMPDIR", folder.c_str(), 1);
+    setenv("MATE_CACHE_DIR", (folder_ / "cache").c_str(), 1);
+    setenv("MATE_NVRTC", MATE_COMPILER, 1);
+  }
+  static void TearDownTestSuite() { fs::remove_all(folder_); }
+
+  static inline fs::path folder_;
+};
+
+/// So many calls, or MATE_RANDOM_CALLS, from the seed MATE_SEED on.
+TEST_F(EmulatedGpu, MatchesTheReference) {
+  const auto number = [](const char* name, std::uint64_t otherwise) {
+    const char* const text = std::getenv(name);
+    return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
+  };
+  const std::uint64_t first = number("MATE_SEED", 0);
+  const std::uint64_t count = number("MATE_RANDOM_CALLS", 60);
+  int failures = 0;
+  for (std::uint64_t seed = first; seed < first + count && failures < 5; ++seed) {
+    testing::RandomCall call(seed);
+    if (!is_served(call.arguments)) continue;
+    move_to_gpu(call.arguments);
+    const std::string wrong = testing::judge(call.memory, call.arguments);
+    if (wrong.empty()) continue;
+    ADD_FAILURE() << "seed " << seed << ": " << wrong;
+    ++failures;
+  }
+}
+
+}  // namespace
+}  // namespace mate
