@@ -33,11 +33,11 @@ def is_widened(call: Call) -> bool:
     return rows * group <= 64  # decoding
 
 
-def bars(call: Call, device: Any = None) -> Bars:
-    """Of a call that is made on `device`, if not where its tensors are."""
-    a = call.normalised
-    on_gpu = torch.device(device or a.q.device).type == "cuda"
-    return E4M3_PRODUCTS if on_gpu and a.q.dtype is FP8 and not is_widened(call) else BARS[a.q.dtype]
+def bars(*calls: Call, device: Any = None) -> Bars:
+    """The widest of some calls' that are made on `device`, if not where their tensors are."""
+    q = calls[0].normalised.q
+    on_gpu = torch.device(device or q.device).type == "cuda"
+    return E4M3_PRODUCTS if on_gpu and q.dtype is FP8 and not all(map(is_widened, calls)) else BARS[q.dtype]
 
 
 def rms(x: torch.Tensor, dim: Any = None) -> torch.Tensor:

@@ -149,7 +149,7 @@ def make_calls(device: str) -> None:
             moved(out, "cpu", {}),
             lse,
             evaluate(call.function, call.arguments),
-            bars(call, device),
+            bars(call, device=device),
         )
 
 

@@ -25,14 +25,14 @@ def combined(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tens
     return (weights.transpose(-1, -2)[..., None] * outs).sum(0), lse
 
 
-def ranks_of(call: Call, mate: ModuleType, dice: random.Random, world_size: int, keys: str) -> list[tuple]:
-    """What each rank returns for its part of the call's keys."""
+def calls_of_ranks(call: Call, dice: random.Random, world_size: int, keys: str) -> list[Call]:
+    """Each rank's call, with its part of the call's keys."""
     parts = []
     for rank in range(world_size):
         part = relaid(call, dice, keys=keys, world_size=world_size, rank=rank)
         if rank != 1:  # one rank counts the sink
             part.arguments.pop("learnable_sink", None)
-        parts.append(part.run(mate))
+        parts.append(part)
     return parts
 
 
@@ -43,9 +43,10 @@ def test_ranks_against_the_whole(mate: ModuleType, device: str, seed: int, world
     for call in draw_some(20, seed, can_be_spread, device=device, rotary=False):
         whole = relaid(call, dice)
         expected = evaluate(whole.function, whole.arguments)
-        out, lse = combined(ranks_of(call, mate, dice, world_size, keys))
-        assert error(out, expected.out, expected.magnitude) <= 2 * bars(whole).out, str(call)
-        check_lse(lse.float(), expected.lse, 2 * bars(whole).lse)
+        ranks = calls_of_ranks(call, dice, world_size, keys)
+        out, lse = combined([rank.run(mate) for rank in ranks])
+        assert error(out, expected.out, expected.magnitude) <= 2 * bars(*ranks).out, str(call)
+        check_lse(lse.float(), expected.lse, 2 * bars(*ranks).lse)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -54,14 +55,15 @@ def test_ranks_combined_by_the_library(mate: ModuleType, device: str, seed: int,
     for call in draw_some(30, seed, can_be_spread, device=device, rotary=False):
         whole = relaid(call, dice)
         expected = evaluate(whole.function, whole.arguments)
-        parts = ranks_of(call, mate, dice, world_size, "ragged")
+        ranks = calls_of_ranks(call, dice, world_size, "ragged")
+        parts = [rank.run(mate) for rank in ranks]
         merged, merged_lse = mate.flash_attn_combine(
             torch.stack([out.float() for out, _ in parts])[:, None],
             torch.stack([lse.T for _, lse in parts])[:, None],
         )
         assert merged.dtype == torch.float32
-        assert error(merged[0], expected.out, expected.magnitude) <= 2 * bars(whole).out, str(call)
-        check_lse(merged_lse[0].T, expected.lse, 2 * bars(whole).lse)
+        assert error(merged[0], expected.out, expected.magnitude) <= 2 * bars(*ranks).out, str(call)
+        check_lse(merged_lse[0].T, expected.lse, 2 * bars(*ranks).lse)
 
 
 def test_a_world_of_one_ignores_the_total(mate: ModuleType, device: str, seed: int) -> None:

@@ -18,13 +18,14 @@ def with_lse(call: Call) -> Call:
     return Call(call.function, {**arguments, name: True}, call.seed)
 
 
-def check_close(call: Call, got: tuple, want: tuple) -> None:
-    """Two results of one call, each within its bar of what is right."""
+def check_close(mate: ModuleType, call: Call, same: Call) -> None:
+    """The results of two calls that mean the same, each within its bar of what is right."""
     magnitude = evaluate(call.function, call.arguments).magnitude
-    for b, (one, other) in enumerate(zip(rows_of(call, got), rows_of(call, want))):
+    limits = bars(call, same)
+    for b, (one, other) in enumerate(zip(rows_of(call, same.run(mate)), rows_of(call, call.run(mate)))):
         where = sequences(call.normalised)[b]
-        assert error(one[0], other[0], magnitude[where.rows]) <= 2 * bars(call).out, str(call)
-        check_lse(one[1], other[1].double(), 2 * bars(call).lse)
+        assert error(one[0], other[0], magnitude[where.rows]) <= 2 * limits.out, str(call)
+        check_lse(one[1], other[1].double(), 2 * limits.lse)
 
 
 def test_same_call_same_bits(mate: ModuleType, device: str, seed: int) -> None:
@@ -41,8 +42,8 @@ def test_whole_against_sequences_one_by_one(mate: ModuleType, device: str, seed:
         for part, (out, lse) in zip(parts, whole):
             one_out, one_lse = part.run(mate)
             expected = evaluate(part.function, part.arguments)
-            assert error(out, one_out[0], expected.magnitude[0]) <= 2 * bars(call).out, str(call)
-            check_lse(lse, one_lse[0].T.double(), 2 * bars(call).lse)
+            assert error(out, one_out[0], expected.magnitude[0]) <= 2 * bars(call, part).out, str(call)
+            check_lse(lse, one_lse[0].T.double(), 2 * bars(call, part).lse)
 
 
 @pytest.mark.parametrize("keys", ["ragged", "padded", "paged"])
@@ -50,7 +51,7 @@ def test_layout_of_the_keys(mate: ModuleType, device: str, seed: int, keys: str)
     dice = random.Random(seed)
     for call in draw_some(40, seed, lambda call: call.normalised.batch > 0, device=device, rotary=False):
         contiguous, other = relaid(call, dice), relaid(call, dice, keys=keys)
-        check_close(contiguous, other.run(mate), contiguous.run(mate))
+        check_close(mate, contiguous, other)
 
 
 def test_splits_against_none(mate: ModuleType, device: str, seed: int) -> None:
@@ -60,7 +61,7 @@ def test_splits_against_none(mate: ModuleType, device: str, seed: int) -> None:
     for call in draw_some(80, seed, is_split, device=device):
         call = with_lse(call)
         whole = Call(call.function, {**copy.deepcopy(call.arguments), "num_splits": 1})
-        check_close(whole, call.run(mate), whole.run(mate))
+        check_close(mate, whole, call)
 
 
 @pytest.mark.parametrize("changed", [{"pack_gqa": True}, {"pack_gqa": False}, {"sm_margin": 3}, {"num_splits": 0}])
@@ -68,7 +69,7 @@ def test_choices_of_speed(mate: ModuleType, device: str, seed: int, changed: dic
     for call in draw_some(25, seed, device=device, functions=("flash_attn_func", "flash_attn_with_kvcache")):
         call = with_lse(call)
         other = Call(call.function, {**copy.deepcopy(call.arguments), **changed})
-        check_close(call, other.run(mate), call.run(mate))
+        check_close(mate, call, other)
 
 
 def test_deterministic_changes_nothing(mate: ModuleType, device: str, seed: int) -> None:
