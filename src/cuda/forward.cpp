@@ -168,16 +168,53 @@ bool may_cut(const Problem& p, int block_keys) {
               .leaves_whole();
 }
 
-/// Whether keys are shared out among blocks of threads: where the call says so, and where tiles are too few, or too
-/// uneven, to keep all multiprocessors busy to the end.
+/// Whether all sequences are as long, as far as the host knows.
+bool are_alike(const Problem& p) {
+  const KeyLayout& keys = p.keys;
+  return p.batch == 1 || !(p.ragged_queries() || p.queries.seqused.given() || keys.cu_seqlens.given() ||
+                           keys.seqused.given() || keys.leftpad.given());
+}
+
+/// Whether some sequences have far more query rows than others: some are read, others decoded.
+bool is_mixed(const Problem& p) { return std::int64_t{2} * mean_rows(p) < most_rows(p); }
+
+/// Blocks of keys of the longest sequence that are worth being shared out, whatever it costs to merge the parts.
+constexpr int long_blocks = 10;
+
+bool has_long_keys(const Problem& p) { return divide_up(most_keys(p), 128) > long_blocks; }
+
+/// Whether a call takes less time if keys are shared out among blocks of threads, so that all have as much to do, and
+/// parts of tiles are merged, than if they take whole tiles, those of a sequence with the most keys first.
+bool gains_by_sharing(const Problem& p, int multiprocessors) {
+  constexpr float merging = 2 * long_blocks;  // blocks of keys that could be multiplied meanwhile
+  constexpr float tiles_enough = 8;           // of each multiprocessor, whatever their keys are
+  const Tiling tiling{128, 128, p.group()};
+  const int rows = mean_rows(p);
+  const int keys = most_keys(p);
+  if (rows == 0 || p.batch == 0) return false;
+  const Lengths lengths{rows, keys, clamp(std::int64_t{keys} * p.mask.cp_world, 0, max_length)};
+  const int tiles_of_unit = tiles_of(tiling, rows);
+  const float tiles = static_cast<float>(tiles_of_unit) * static_cast<float>(p.batch) * static_cast<float>(p.heads_k) /
+                      static_cast<float>(multiprocessors);
+  const auto blocks_of = [&](int tile) {
+    return static_cast<float>(blocks_of_tile(tiling, p.mask, lengths, tile).size());
+  };
+  const auto [least, most] = std::minmax({blocks_of(0), blocks_of(tiles_of_unit - 1)});
+  // Where they may not be alike, one tile of the longest may come last.
+  if (!are_alike(p)) return most > long_blocks && tiles < tiles_enough;
+  const float shared = tiles * (most + least) / 2;
+  const float whole = std::max(most, std::min(std::ceil(tiles) * most, shared + least));
+  return whole > shared + merging;
+}
+
+/// Whether keys are shared out among blocks of threads: where the call says so, and where that takes less time.
 bool shares_keys(const Problem& p, int multiprocessors) {
-  constexpr int tiles_enough = 8;  // of each multiprocessor
   if (has_few_rows(p)) return true;
   if (p.num_splits != 0) return p.num_splits > 1;
-  // Some sequences are read and others decoded: the ones need the matrix units, the others memory. Even shares of both
-  // at once, side by side, take less time than one after the other.
-  if (std::int64_t{2} * mean_rows(p) < most_rows(p)) return true;
-  return most_tiles(p, {128, 128, p.group()}) < std::int64_t{tiles_enough} * multiprocessors;
+  // The ones need the matrix units, the others memory: even shares of both at once, side by side, take less time than
+  // one after the other.
+  if (is_mixed(p)) return has_long_keys(p);
+  return gains_by_sharing(p, multiprocessors);
 }
 
 /// How many tiles of each unit of a sequence are taken at the same time, since they need much the same keys: where all

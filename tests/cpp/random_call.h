@@ -23,7 +23,12 @@ class RandomCall {
   Memory memory;
   AttentionArguments arguments;
 
-  explicit RandomCall(std::uint64_t seed) : random_(seed) {
+  enum class Kind {
+    any,
+    mixed  ///< a prompt, and sequences of a few queries at most, over pages that have room for far more keys
+  };
+
+  explicit RandomCall(std::uint64_t seed, Kind kind = Kind::any) : random_(seed), mixed_(kind == Kind::mixed) {
     draw_sizes();
     draw_scores();
     draw_queries();
@@ -38,7 +43,7 @@ class RandomCall {
   enum class Storage { normal, ragged, paged };
 
   void draw_sizes() {
-    batch_ = random_.chance(0.05) ? 0 : random_.integer(1, 4);
+    batch_ = mixed_ ? random_.integer(3, 5) : random_.chance(0.05) ? 0 : random_.integer(1, 4);
     heads_k_ = random_.integer(1, 3);
     group_ = random_.one_of<std::int64_t>({1, 1, 2, 3, 5});
     long_keys_ = random_.chance(0.3);
@@ -46,6 +51,7 @@ class RandomCall {
     d_ = random_.integer(1, large_head ? 512 : 40);
     dv_ = random_.chance(0.5) ? d_ : random_.integer(1, large_head ? 512 : 40);
     most_q_ = large_head || long_keys_ ? 3 : random_.one_of<std::int64_t>({1, 4, 30});
+    if (mixed_) most_q_ = 30;
     most_k_ = long_keys_ ? 400 : 30;
 
     const DLDataType narrow = random_.chance(0.5) ? bfloat16 : float16;
@@ -83,17 +89,18 @@ class RandomCall {
 
   void draw_queries() {
     AttentionArguments& a = arguments;
-    const bool ragged = random_.chance(0.4);
+    const bool ragged = mixed_ || random_.chance(0.4);
     std::int64_t rows = random_.integer(0, most_q_);
     Integers lengths(batch_, rows);
     if (ragged) {
-      lengths = draw_lengths(most_q_);
+      lengths = draw_lengths(mixed_ ? random_.integer(1, 3) : most_q_);
+      if (mixed_) lengths[random_.integer(0, batch_ - 1)] = most_q_;
       a.cu_seqlens_q = integers(offsets_of(lengths, rows));
       a.q = tensor(q_type_, {rows, heads_q(), d_});
     } else {
       a.q = tensor(q_type_, {batch_, rows, heads_q(), d_});
     }
-    if (random_.chance(0.3)) {
+    if (!mixed_ && random_.chance(0.3)) {
       for (std::int64_t& length : lengths) length = random_.integer(0, length);
       a.seqused_q = integers(lengths);
     }
@@ -110,7 +117,7 @@ class RandomCall {
 
   void draw_keys() {
     AttentionArguments& a = arguments;
-    const auto storage = static_cast<Storage>(random_.integer(0, 2));
+    const auto storage = mixed_ ? Storage::paged : static_cast<Storage>(random_.integer(0, 2));
     const bool appends = storage != Storage::ragged && random_.chance(0.4);
     const std::int64_t page_size = random_.one_of<std::int64_t>({1, 2, 3, 16, 64, 100});
 
@@ -119,7 +126,7 @@ class RandomCall {
     if (storage == Storage::paged)
       capacity.assign(batch_, (random_.integer(0, most_k_) + page_size - 1) / page_size * page_size);
     used_ = capacity;
-    if (appends || random_.chance(0.5)) {
+    if (mixed_ || appends || random_.chance(0.5)) {
       for (std::int64_t& used : used_) used = random_.integer(random_.chance(0.5) ? used / 2 : 0, used);
       a.seqused_k = integers(used_);
     }
@@ -159,8 +166,9 @@ class RandomCall {
       set_cache({rows, batch_ == 0 ? 5 : capacity[0], heads_k_});
       return;
     }
-    const std::int64_t max_pages = batch_ == 0 ? 2 : capacity[0] / page_size;
-    const std::int64_t pages = batch_ * max_pages + random_.integer(1, 3);
+    const std::int64_t needed_pages = batch_ == 0 ? 2 : capacity[0] / page_size;
+    const std::int64_t max_pages = needed_pages + (mixed_ ? 2000 / page_size : 0);
+    const std::int64_t pages = batch_ * needed_pages + random_.integer(1, 3);
     set_cache({pages, page_size, heads_k_});
     Integers free(pages);
     std::iota(free.begin(), free.end(), 0);
@@ -245,10 +253,10 @@ class RandomCall {
 
   void draw_work() {
     AttentionArguments& a = arguments;
-    a.num_splits = random_.one_of<std::int64_t>({-1, 0, 1, 2, 3, 7, 256});
+    a.num_splits = mixed_ ? 0 : random_.one_of<std::int64_t>({-1, 0, 1, 2, 3, 7, 256});
     if (random_.chance(0.5)) a.pack_gqa = random_.chance(0.5);
     a.sm_margin = random_.one_of<std::int64_t>({0, 0, 1, 1000});
-    a.batch_invariant = random_.chance(0.2);
+    a.batch_invariant = !mixed_ && random_.chance(0.2);
     if (random_.chance(0.2)) {
       // As good as stale: a call must end, with the right results, whatever it holds.
       Integers stale(scheduler_metadata_size(batch_));
@@ -348,6 +356,7 @@ class RandomCall {
   }
 
   Random random_;
+  bool mixed_;
   std::int64_t batch_ = 0, heads_k_ = 1, group_ = 1, d_ = 1, dv_ = 1, most_q_ = 1, most_k_ = 1;
   bool long_keys_ = false;
   DLDataType q_type_{}, k_type_{}, out_type_{};

@@ -75,17 +75,17 @@ class EmulatedGpu : public ::testing::Test {
   static inline fs::path folder_;
 };
 
-/// So many calls, or MATE_RANDOM_CALLS, from the seed MATE_SEED on.
-TEST_F(EmulatedGpu, MatchesTheReference) {
+/// Judges so many calls, or MATE_RANDOM_CALLS, from the seed MATE_SEED on.
+void judge_calls(testing::RandomCall::Kind kind, std::uint64_t otherwise) {
   const auto number = [](const char* name, std::uint64_t otherwise) {
     const char* const text = std::getenv(name);
     return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
   };
   const std::uint64_t first = number("MATE_SEED", 0);
-  const std::uint64_t count = number("MATE_RANDOM_CALLS", 60);
+  const std::uint64_t count = number("MATE_RANDOM_CALLS", otherwise);
   int failures = 0;
   for (std::uint64_t seed = first; seed < first + count && failures < 5; ++seed) {
-    testing::RandomCall call(seed);
+    testing::RandomCall call(seed, kind);
     if (!is_served(call.arguments)) continue;
     move_to_gpu(call.arguments);
     const std::string wrong = testing::judge(call.memory, call.arguments);
@@ -94,6 +94,10 @@ TEST_F(EmulatedGpu, MatchesTheReference) {
     ++failures;
   }
 }
+
+TEST_F(EmulatedGpu, MatchesTheReference) { judge_calls(testing::RandomCall::Kind::any, 60); }
+
+TEST_F(EmulatedGpu, ServesPromptsAndDecodedTokens) { judge_calls(testing::RandomCall::Kind::mixed, 20); }
 
 }  // namespace
 }  // namespace mate

@@ -51,20 +51,22 @@ def ragged(lengths_q: tuple = (300, 1, 129, 0), lengths_k: tuple = (500, 64, 129
     return Call("flash_attn_varlen_func", {**arguments, "causal": True, "return_attn_probs": True, **options})
 
 
-def cached(lengths: tuple = (500, 64, 129, 0), rows: int = 1, **options: Any) -> Call:
-    """A call over a cache of 512 keys for each sequence."""
+def cached(lengths: tuple = (500, 64, 129, 0), rows: int = 1, capacity: int = 512, **options: Any) -> Call:
+    """A call over a cache that has room for so many keys of each sequence."""
     arguments = {
         "q": randn(len(lengths), rows, 8, 64),
-        "k_cache": randn(len(lengths), 512, 2, 64),
-        "v_cache": randn(len(lengths), 512, 2, 64),
+        "k_cache": randn(len(lengths), capacity, 2, 64),
+        "v_cache": randn(len(lengths), capacity, 2, 64),
         "cache_seqlens": int32(*lengths),
     }
     return Call("flash_attn_with_kvcache", {**arguments, "causal": True, "return_softmax_lse": True, **options})
 
 
-def paged(lengths: tuple = (500, 64, 129, 0), rows: int = 1, page_size: int = 16, **options: Any) -> Call:
+def paged(
+    lengths: tuple = (500, 64, 129, 0), rows: int = 1, page_size: int = 16, capacity: int = 512, **options: Any
+) -> Call:
     """The same in pages that lie anywhere, keys and values halves of one tensor."""
-    pages = 512 // page_size
+    pages = capacity // page_size
     cache = randn(len(lengths) * pages + 3, 2, page_size, 2, 64)
     table = torch.randperm(len(cache), device=DEVICE)[: len(lengths) * pages].to(torch.int32).view(-1, pages)
     return cached(lengths, rows, k_cache=cache[:, 0], v_cache=cache[:, 1], page_table=table, **options)
@@ -78,9 +80,9 @@ def appending(make: Callable[..., Call] = paged, rows: int = 3, **options: Any) 
     return make((400, 64, 129, 0), rows, **new, **rotary, **options)
 
 
-def mixed(counts: tuple, make: Callable[..., Call] = paged, **options: Any) -> Call:
+def mixed(counts: tuple, make: Callable[..., Call] = paged, capacity: int = 2000, **options: Any) -> Call:
     """Some sequences are read and others decoded: so many queries of each."""
-    call = make(tuple(random.randrange(count, 512) for count in counts), **options)
+    call = make(tuple(random.randrange(count, capacity) for count in counts), capacity=capacity, **options)
     ragged_queries = {
         "q": randn(sum(counts), 8, 64),
         "cu_seqlens_q": torch.nn.functional.pad(int32(*counts).cumsum(0, dtype=torch.int32), (1, 0)),
@@ -98,7 +100,11 @@ def latent(lengths: tuple = (500, 64, 129, 0), rows: int = 2, heads: int = 16, *
     return cached(lengths, rows, **{**arguments, "softmax_scale": 192**-0.5, **options})
 
 
-MAKERS = [normal, ragged, cached, paged, appending, latent]
+def prompts_and_decoding(**options: Any) -> Call:
+    return mixed((300, 1, 129, 0), **options)
+
+
+MAKERS = [normal, ragged, cached, paged, appending, latent, prompts_and_decoding]
 
 
 def capture(call: Call, mate: ModuleType) -> tuple[torch.cuda.CUDAGraph, tuple]:
@@ -147,14 +153,23 @@ extern "C" __global__ void copy_late(int* to, const int* from, int count) {
 @pytest.mark.parametrize("page_size", [16, 1])
 @pytest.mark.parametrize("name", ["cache_seqlens", "page_table", "k_cache"])
 @pytest.mark.parametrize(
-    "lengths", [(300, 77, 129, 1), (300, 0, 129, 0), (0, 129, 0, 300), (0, 0, 0, 0), (50, 399) * 20]
+    ("make", "lengths"),
+    [
+        (paged, (300, 77, 129, 1)),
+        (paged, (300, 0, 129, 0)),
+        (paged, (0, 129, 0, 300)),
+        (paged, (0, 0, 0, 0)),
+        (paged, (50, 399) * 20),
+        (mixed, (1, 150, 1, 1)),
+        (mixed, (300, *[1] * 39)),
+    ],
 )
 def test_what_the_kernel_before_writes_late(
-    mate: ModuleType, device: str, lengths: tuple, name: str, page_size: int
+    mate: ModuleType, device: str, make: Callable[..., Call], lengths: tuple, name: str, page_size: int
 ) -> None:
     """A kernel that lets the next begin before it has written what that one reads."""
     copy_late = torch.cuda._compile_kernel(LATE_COPY, "copy_late")
-    call = paged(lengths, page_size=page_size)
+    call = make(lengths, page_size=page_size)
     target = call.arguments[name]
     old = target.clone()
     new = target.flip(0, 1) if name == "page_table" else target.flip(0)
@@ -184,7 +199,9 @@ def test_a_graph_serves_other_values_and_lengths(mate: ModuleType, device: str, 
     names = [name for name in ("q", "k", "v", "k_cache", "v_cache") if name in call.arguments]
     other = {name: randn(*call.arguments[name].shape) for name in names}
     if "cu_seqlens_q" in call.arguments:
-        other |= {"cu_seqlens_q": int32(0, 0, 299, 300, 430), "cu_seqlens_k": int32(0, 10, 400, 401, 700)}
+        other["cu_seqlens_q"] = int32(0, 0, 299, 300, 430)
+    if "cu_seqlens_k" in call.arguments:
+        other["cu_seqlens_k"] = int32(0, 10, 400, 401, 700)
     if "cache_seqlens" in call.arguments:
         other["cache_seqlens"] = int32(3, 509, 0, 200)
     if "page_table" in call.arguments:
@@ -322,16 +339,19 @@ def test_every_gpu_of_the_machine(mate: ModuleType, device: str) -> None:
 
 @pytest.mark.parametrize("margin", [0, 100, 10_000])
 @pytest.mark.parametrize("make", [cached, paged])
+@pytest.mark.parametrize("capacity", [512, 2000])
 @pytest.mark.parametrize(
     "counts",
     [(300, *[1] * 9), ([*[1] * 9, 300]), (1, 1, 150, 0, 1, 17, 400, 1, 1, 0, 1, 16, 1), (1, 400, *[2] * 40, 129, 1)],
 )
 def test_prompts_and_decoding_in_one_call(
-    mate: ModuleType, device: str, seed: int, counts: tuple, make: Callable[..., Call], margin: int
+    mate: ModuleType, device: str, seed: int, counts: tuple, capacity: int, make: Callable[..., Call], margin: int
 ) -> None:
-    """On few multiprocessors one block of threads goes from tiles of prompts to decoded rows and back."""
+    """Where there is room for few keys, blocks of threads take whole tiles; else each takes some keys, on few
+    multiprocessors of prompts and of decoded rows in turns.
+    """
     random.seed(seed)
-    check(mixed(tuple(counts), make, sm_margin=margin), mate)
+    check(mixed(tuple(counts), make, capacity, sm_margin=margin), mate)
 
 
 @pytest.mark.parametrize("heads", [1, 16, 48, 128])

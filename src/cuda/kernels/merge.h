@@ -1,6 +1,7 @@
 // Merges the results over parts of a row's keys.
 #pragma once
 
+#include "ptx/shared.h"
 #include "softmax.h"
 
 namespace mate::cuda {
@@ -92,6 +93,84 @@ __device__ inline void merge_row(int parts, int width, const WeightOf& weight_of
       for (float& sum_of_column : total) sum_of_column = 0;
     }
     if (column < width) store(column, total);
+  }
+}
+
+/// What a row's merged sums are to be multiplied by, 0 where they are to become 0, and where they go.
+struct MergedRow {
+  float share = 0;
+  unsigned short* out = nullptr;
+};
+
+/// The same of `count` rows, at most 32, whose sums are all written: for many rows, since it takes far fewer
+/// instructions a row, but needs the weights before it has them added up. Lane i has weight_of(i, part) of row i, and
+/// calls finish(i, weight), which gives a MergedRow; the warp reads columns by read(i, part, column), and hands them to
+/// store(out, column, sums).
+template <typename WeightOf, typename Read, typename Finish, typename Store>
+__device__ inline void merge_rows(int count, int parts, int width, const WeightOf& weight_of, const Read& read,
+                                  const Finish& finish, const Store& store) {
+  constexpr int rows_at_once = 4;
+  constexpr int parts_at_once = 4;
+  const int lane = ptx::known_only_here(threadIdx.x % 32);
+  PartWeight all{-infinity(), 0};
+  const auto base = [&] { return all.max == -infinity() ? 0 : all.max; };
+  if (lane < count) {
+#pragma unroll 4
+    for (int part = 0; part < parts; ++part) {
+      const PartWeight weight = weight_of(lane, part);
+      const float before = all.max;
+      all.max = fmaxf(before, weight.max);
+      all.sum = all.sum * exp2_approximately(before - base()) + weight.sum * exp2_approximately(weight.max - base());
+    }
+  }
+  MergedRow merged;
+  if (lane < count) merged = finish(lane, all);
+
+#pragma unroll 1
+  for (int column = lane * 4; column - lane * 4 < width; column += 128) {
+#pragma unroll 1
+    for (int first_row = 0; first_row < count; first_row += rows_at_once) {
+      float total[rows_at_once][4] = {};
+#pragma unroll 1
+      for (int first_part = 0; first_part < parts; first_part += parts_at_once) {
+        float4 loaded[rows_at_once][parts_at_once];
+        float factor[parts_at_once];  // of this lane's row
+#pragma unroll
+        for (int j = 0; j < parts_at_once; ++j) {
+          const int part = first_part + j;
+          factor[j] = -infinity();
+          if (lane < count && part < parts) factor[j] = weight_of(lane, part).max;
+#pragma unroll
+          for (int i = 0; i < rows_at_once; ++i) {
+            loaded[i][j] = {};
+            if (first_row + i < count && part < parts && column < width) {
+              loaded[i][j] = read(first_row + i, part, column);
+            }
+          }
+        }
+#pragma unroll
+        for (float& of_part : factor) of_part = exp2_approximately(of_part - base()) * merged.share;
+#pragma unroll
+        for (int i = 0; i < rows_at_once; ++i) {
+#pragma unroll
+          for (int j = 0; j < parts_at_once; ++j) {
+            const float factor_of_part = __shfl_sync(~0U, factor[j], first_row + i);
+            const float values[4] = {loaded[i][j].x, loaded[i][j].y, loaded[i][j].z, loaded[i][j].w};
+#pragma unroll
+            for (int c = 0; c < 4; ++c) total[i][c] = fmaf(factor_of_part, values[c], total[i][c]);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < rows_at_once; ++i) {
+        const float share = __shfl_sync(~0U, merged.share, first_row + i);
+        auto* const out = reinterpret_cast<unsigned short*>(
+            __shfl_sync(~0U, reinterpret_cast<unsigned long long>(merged.out), first_row + i));
+#pragma unroll
+        for (float& sum : total[i]) sum = share == 0 ? 0 : sum;
+        if (first_row + i < count && column < width) store(out, column, total[i]);
+      }
+    }
   }
 }
 

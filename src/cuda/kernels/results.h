@@ -79,7 +79,8 @@ class ResultWriter {
   __device__ void await_others() const { ptx::barrier_sync(first_row_group_barrier + group(), threads); }
 
  private:
-  static constexpr int threads = 128 * variant.consumers_of_row();         // of the consumers of a row
+  static constexpr int threads = 128 * variant.consumers_of_row();  // of the consumers of a row
+  static constexpr int warps = threads / 32;
   static constexpr int rows = variant.tile_rows() / variant.row_groups();  // that they have
   __device__ int first_row() const { return group() * rows; }
 
@@ -129,17 +130,73 @@ class ResultWriter {
     return is_last_[group()];
   }
 
-  /// The warps of the rows' consumers merge their parts, each a row at a time.
+  /// The warps of the rows' consumers merge their parts.
   __device__ void merge_parts(const TileWork& work, float value_factor) const {
-    merge_to_out<most_at_once>(
-        work, work.parts.count, value_factor,
-        [&](int part, int row) {
-          const float2 weight = __ldcg(weight_of_part(partial_row(work, part, row)));
-          return PartWeight{weight.x, weight.y};
+    const auto weight_of = [&](int part, int row) {
+      const float2 weight = __ldcg(weight_of_part(partial_row(work, part, row)));
+      return PartWeight{weight.x, weight.y};
+    };
+    const auto read = [&](int part, int row, int column) {
+      return __ldcg(reinterpret_cast<const float4*>(sums_of_part(partial_row(work, part, row)) + column));
+    };
+    if constexpr (variant.stream()) {
+      merge_to_out<most_at_once>(work, work.parts.count, value_factor, weight_of, read);
+    } else {
+      merge_many_to_out(work, value_factor, weight_of, read);
+    }
+  }
+
+  /// The same where rows are many: each warp has every so manieth of them.
+  template <typename WeightOf, typename Read>
+  __device__ void merge_many_to_out(const TileWork& work, float value_factor, const WeightOf& weight_of,
+                                    const Read& read) const {
+    static_assert(rows <= 32 * warps);
+    const Problem& p = a_.problem;
+    const int slot = p.query_slot(work.sequence);
+    const int warp = ptx::known_only_here(thread()) / 32;  // it is not worth a register all along
+    const int first = first_row() + warp;
+    const auto row = [&](int i) { return first + i * warps; };
+    const int end = end_of_rows(work, work.used);
+    merge_rows(
+        end > first ? divide(end - first - 1, warps) + 1 : 0, work.parts.count, p.head_dim_v,
+        [&](int i, int part) { return weight_of(part, row(i)); },
+        [&](int i, int part, int column) { return read(part, row(i), column); },
+        [&](int i, PartWeight all) {
+          const RowPlace place = place_of(a_, work, row(i));
+          const long long row_of_out = static_cast<long long>(work.place.first_q) + place.query;
+          MergedRow merged;
+          const float lse = finish_softmax(all.max, all.sum, sink_of(p, place.head), merged.share);
+          if (p.lse.data != nullptr) p.lse.at(slot, place.head, row_of_out) = lse;
+          merged.out = static_cast<unsigned short*>(p.out.at(slot, row_of_out, place.head));
+          return merged;
         },
-        [&](int part, int row, int column) {
-          return __ldcg(reinterpret_cast<const float4*>(sums_of_part(partial_row(work, part, row)) + column));
-        });
+        [&](unsigned short* out, int column, float(&sums)[4]) { store_columns(out, column, sums, value_factor); });
+    const int existing = end_of_rows(work, work.capacity);
+#pragma unroll 1
+    for (int i = max(end, first_row()) + warp; i < existing; i += warps) {
+      const RowPlace place = place_of(a_, work, i);
+      clear_row(p, slot, static_cast<long long>(work.place.first_q) + place.query, place.head, -infinity());
+    }
+  }
+
+  /// Where the rows of queries before `query` end in this group.
+  __device__ int end_of_rows(const TileWork& work, int query) const {
+    const int before = (query - work.first_query) * a_.pack - work.first_head;
+    return min(min(before, a_.tile_rows), first_row() + rows);
+  }
+
+  /// Columns of a row of out.
+  __device__ void store_columns(unsigned short* out, int column, float (&sums)[4], float value_factor) const {
+#pragma unroll
+    for (float& sum : sums) sum *= sum == 0 ? 1 : value_factor;
+    const unsigned words[2] = {pack<variant.types.out>(sums[0], sums[1]), pack<variant.types.out>(sums[2], sums[3])};
+    if (a_.wide_rows) {
+      *reinterpret_cast<uint2*>(out + column) = make_uint2(words[0], words[1]);
+      return;
+    }
+    for (int i = 0; i < 4 && column + i < a_.problem.head_dim_v; ++i) {
+      out[column + i] = static_cast<unsigned short>(words[i / 2] >> i % 2 * 16);
+    }
   }
 
   /// Merges what each of `warps` warps has seen into a part.
@@ -147,7 +204,7 @@ class ResultWriter {
   __device__ void merge_to_part(const TileWork& work, int part, int warps, const WeightOf& weight_of,
                                 const Read& read) const {
 #pragma unroll 1
-    for (int row = first_row() + thread() / 32; row < first_row() + rows; row += threads / 32) {
+    for (int row = first_row() + thread() / 32; row < first_row() + rows; row += warps) {
       if (place_of(a_, work, row).query >= work.used) continue;
       const long long at = partial_row(work, part, row);
       merge_row<float4, true, variant.stream_warps()>(
@@ -170,7 +227,7 @@ class ResultWriter {
     const Problem& p = a_.problem;
     const int slot = p.query_slot(work.sequence);
 #pragma unroll 1
-    for (int row = first_row() + thread() / 32; row < first_row() + rows; row += threads / 32) {
+    for (int row = first_row() + thread() / 32; row < first_row() + rows; row += warps) {
       const RowPlace place = place_of(a_, work, row);
       if (place.query >= work.capacity) return;
       const long long out_row = static_cast<long long>(work.place.first_q) + place.query;
@@ -188,19 +245,7 @@ class ResultWriter {
             lse = finish_softmax(all.max, all.sum, sink_of(p, place.head), share);
             return share;
           },
-          [&](int column, float(&sums)[4]) {
-#pragma unroll
-            for (float& sum : sums) sum *= sum == 0 ? 1 : value_factor;
-            const unsigned words[2] = {pack<variant.types.out>(sums[0], sums[1]),
-                                       pack<variant.types.out>(sums[2], sums[3])};
-            if (a_.wide_rows) {
-              *reinterpret_cast<uint2*>(out + column) = make_uint2(words[0], words[1]);
-              return;
-            }
-            for (int i = 0; i < 4 && column + i < p.head_dim_v; ++i) {
-              out[column + i] = static_cast<unsigned short>(words[i / 2] >> i % 2 * 16);
-            }
-          });
+          [&](int column, float(&sums)[4]) { store_columns(out, column, sums, value_factor); });
       if (p.lse.data != nullptr && first_lane()) p.lse.at(slot, place.head, out_row) = lse;
     }
   }
