@@ -253,10 +253,15 @@ inline Expected evaluate(const AttentionArguments& a, Contraction contraction = 
   return expected;
 }
 
-/// The largest RMS error over RMS that is permitted.
-inline double tolerance_of(const AttentionArguments& a) {
-  if (a.out.dtype() == float32) return 2e-6;
-  return a.out.dtype() == float16 ? 5e-4 : 4e-3;
+/// How far results may be off.
+struct Tolerance {
+  double out;         ///< RMS error over RMS
+  double lse = 2e-5;  ///< absolute, and relative where lse is larger than 1
+};
+
+inline Tolerance tolerance_of(const AttentionArguments& a) {
+  if (a.out.dtype() == float32) return {2e-6};
+  return {a.out.dtype() == float16 ? 5e-4 : 4e-3};
 }
 
 inline double root_mean_square(const std::vector<double>& values) {
@@ -266,7 +271,7 @@ inline double root_mean_square(const std::vector<double>& values) {
 }
 
 /// What is wrong with the results of a call; empty where nothing is.
-inline std::string difference(const AttentionArguments& a, const Expected& expected) {
+inline std::string difference(const AttentionArguments& a, const Expected& expected, const Tolerance& tolerance) {
   std::ostringstream text;
   const std::int64_t slots = a.out.ndim() == 4 ? a.out.size(0) : 1;
   const std::int64_t rows = a.out.size(-3);
@@ -280,7 +285,7 @@ inline std::string difference(const AttentionArguments& a, const Expected& expec
         const double lse = expected.lse[index];
         if (a.lse.given()) {
           const double got = a.lse.ndim() == 3 ? read(a.lse, slot, head, row) : read(a.lse, head, row);
-          if (!(got == lse || std::abs(got - lse) <= 2e-5 * std::max(1.0, std::abs(lse)))) {
+          if (!(got == lse || std::abs(got - lse) <= tolerance.lse * std::max(1.0, std::abs(lse)))) {
             text << "lse of (" << slot << ", " << row << ", " << head << ") is " << got << ", not " << lse;
             return text.str();
           }
@@ -299,8 +304,8 @@ inline std::string difference(const AttentionArguments& a, const Expected& expec
     }
   }
   const double scale = std::max(root_mean_square(expected.out), root_mean_square(expected.magnitude));
-  if (!(root_mean_square(errors) <= tolerance_of(a) * scale)) {
-    text << "out differs by " << root_mean_square(errors) / scale << " (RMS), more than " << tolerance_of(a);
+  if (!(root_mean_square(errors) <= tolerance.out * scale)) {
+    text << "out differs by " << root_mean_square(errors) / scale << " (RMS), more than " << tolerance.out;
     return text.str();
   }
   for (const Expected::Written& written : expected.appended) {
@@ -315,7 +320,7 @@ inline std::string difference(const AttentionArguments& a, const Expected& expec
 
 /// Makes a call whose tensors all lie in `memory`, and returns what it did wrong: results, or memory that it
 /// wrote and must not. Empty where nothing is wrong.
-inline std::string judge(Memory& memory, const AttentionArguments& a) {
+inline std::string judge(Memory& memory, const AttentionArguments& a, const Tolerance& tolerance) {
   std::vector<Expected> versions{evaluate(a)};
   if (a.rotary_cos.given()) {
     versions.push_back(evaluate(a, Contraction::first_product));
@@ -330,11 +335,13 @@ inline std::string judge(Memory& memory, const AttentionArguments& a) {
 
   std::string first;
   for (const Expected& version : versions) {
-    const std::string text = difference(a, version);
+    const std::string text = difference(a, version, tolerance);
     if (text.empty()) return text;
     if (first.empty()) first = text;
   }
   return first;
 }
+
+inline std::string judge(Memory& memory, const AttentionArguments& a) { return judge(memory, a, tolerance_of(a)); }
 
 }  // namespace mate::testing
