@@ -44,6 +44,24 @@ DECODE_E4M3 = [
     (64, (32, 32), 2048, 16),
 ]
 
+PROMPTS = [  # batch, queries, keys
+    (1, 64, 2048),
+    (1, 128, 128),
+    (1, 256, 1024),
+    (1, 512, 512),
+    (1, 1024, 1024),
+    (1, 2048, 2048),
+    (1, 4096, 4096),
+    (1, 512, 16384),
+    (1, 1024, 8192),
+    (4, 512, 512),
+    (4, 2048, 2048),
+    (8, 256, 256),
+    (16, 64, 1024),
+    (2, 300, 3000),
+    (3, 700, 700),
+]
+
 LATENT = [(32, 16, 8192), (32, 128, 8192), (128, 16, 32768), (128, 64, 32768), (128, 128, 32768)]  # batch, heads, keys
 LATENT_DIM, ROPE_DIM = 512, 64
 
@@ -101,6 +119,13 @@ def groups() -> list[Group]:
             ],
             "A batch is one call, whatever it mixes. Without a page size the cache is contiguous.",
             alone_seconds,
+        ),
+        Group(
+            "prompts",
+            "A few prompts, or chunks of them, each alone in a CUDA graph, bf16, 32/8 heads of 128",
+            "µs",
+            [serving(f"{b} x {n} queries on {k} keys", [k] * b, [n] * b) for b, n, k in PROMPTS],
+            timing=alone_seconds,
         ),
         Group(
             "append",
