@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 #include <numeric>
+#include <optional>
 #include <span>
 
 #include "append.h"
@@ -219,14 +220,14 @@ bool shares_keys(const Problem& p, int multiprocessors) {
 
 /// How many tiles of each unit of a sequence are taken at the same time, since they need much the same keys: where all
 /// sequences have as many tiles, and the positions of their queries are close together.
-int choose_team(const Problem& p, const ForwardVariant& variant, int pack, int multiprocessors) {
+int choose_team(const Problem& p, const ForwardVariant& variant, int pack, int workers) {
   constexpr int largest = 8;
   const int rows = most_rows(p);
   const bool alike = !p.queries.seqused.given() &&
                      (!p.ragged_queries() || std::int64_t{rows} * p.batch == p.queries.rows) && p.mask.chunk == 0;
   if (variant.one_tile() || !alike || rows > variant.block_keys) return 1;
   const int tiles = tiles_of(variant.tiling(pack), rows);
-  int team = std::max(1, std::min({tiles, largest, multiprocessors}));
+  int team = std::max(1, std::min({tiles, largest, workers}));
   while (tiles % team != 0) --team;
   return team;
 }
@@ -314,8 +315,13 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
   const auto queue = static_cast<CUstream>(stream);
   Scratch scratch(allocate, device_id, queue);
   Problem p = problem;
-  if (p.keys.appends && p.batch > 0) append(p, gpu, queue, scratch);
-  if (p.queries.rows == 0 || p.heads_q == 0) return;
+  // Nothing is written before all that may fail has been prepared.
+  std::optional<Append> append;
+  if (p.keys.appends && p.batch > 0) append.emplace(p, gpu, queue, scratch);
+  if (p.queries.rows == 0 || p.heads_q == 0) {
+    if (append) append->launch();
+    return;
+  }
   const int multiprocessors = std::max(1, gpu.multiprocessors - p.sm_margin);
 
   ForwardArguments arguments;
@@ -355,7 +361,7 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
           " rows, got ", tiles);
   int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, multiprocessors));
   if (variant.splits) {
-    blocks = std::min(multiprocessors, counters_of_launch / counters_of(variant.row_groups()));
+    blocks = std::min(multiprocessors, counters_of_launch / variant.row_groups());
     arguments.cut = choose_cut(p);
     arguments.team = choose_team(p, variant, arguments.pack, blocks);
     blocks -= blocks % arguments.team;
@@ -369,6 +375,7 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
   arguments.counters = counters(queue);
   const Launch shape{
       .grid = {static_cast<unsigned>(blocks)}, .block = {static_cast<unsigned>(variant.threads())}, .stream = queue};
+  if (append) append->launch();
   launch(kernel, shape, arguments);
 }
 

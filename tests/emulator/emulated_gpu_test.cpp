@@ -4,6 +4,8 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <string>
@@ -96,6 +98,35 @@ void judge_calls(testing::RandomCall::Kind kind, std::uint64_t otherwise) {
     if (wrong.empty()) continue;
     ADD_FAILURE() << "seed " << seed << ": " << wrong;
     ++failures;
+  }
+}
+
+/// The host cannot know that it is, and then takes a tile to hold each sequence.
+TEST_F(EmulatedGpu, RowsPastMaxSeqlenAreCleared) {
+  constexpr std::int64_t batch = 3;
+  constexpr std::int64_t rows = 210;
+  constexpr std::int64_t heads = 2;
+  constexpr std::int64_t size = 16;
+  constexpr int begins[] = {0, 150, 151, rows};
+  testing::Memory memory;
+  AttentionArguments a;
+  a.q = memory.tensor(bfloat16, {rows, heads, size});
+  a.k = memory.tensor(bfloat16, {batch, 40, heads, size});
+  a.v = memory.tensor(bfloat16, {batch, 40, heads, size});
+  for (const Tensor& input : {a.q, a.k, a.v}) testing::fill(input, [] { return 1.0; });
+  a.cu_seqlens_q = memory.tensor(int32, {batch + 1});
+  for (std::int64_t b = 0; b <= batch; ++b) testing::write(a.cu_seqlens_q, begins[b], b);
+  a.max_seqlen_q = 1;
+  a.out = memory.tensor(bfloat16, {rows, heads, size});
+  a.lse = memory.tensor(float32, {heads, rows});
+  move_to_gpu(a);
+  attention(a);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const bool computed = std::find(begins, begins + batch, row) < begins + batch;
+    for (std::int64_t head = 0; head < heads; ++head) {
+      EXPECT_EQ(std::isfinite(testing::read(a.lse, head, row)), computed) << row;
+      for (std::int64_t i = 0; i < size; ++i) EXPECT_EQ(testing::read(a.out, row, head, i), computed ? 1 : 0) << row;
+    }
   }
 }
 

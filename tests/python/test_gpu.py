@@ -133,6 +133,14 @@ def test_rows_beyond_the_longest_sequence_are_cleared(mate: ModuleType, device: 
     check(cached((500, 64, 129, 0), rows, seqused_q=int32(1, 1, 0, 1), max_seqlen_q=1), mate)
 
 
+def test_rows_past_max_seqlen_are_cleared(mate: ModuleType, device: str) -> None:
+    """Which only the device can know of."""
+    call = ragged((150, 1, 59), (40, 64, 3), causal=False)
+    lied = Call(call.function, {**call.arguments, "max_seqlen_q": 1})
+    expected = evaluate(call.function, {**call.arguments, "seqused_q": int32(1, 1, 1)})
+    check_result(*lied.run(mate), expected, bars(lied))
+
+
 def test_many_prompts_and_decodes(mate: ModuleType, device: str) -> None:
     check(mixed((1,) * 36 + (200, 3, 70, 130)), mate)
 

@@ -47,13 +47,11 @@ __device__ inline void write_row(const void* source, void* target, int width, co
   }
 }
 
-/// The blocks of one row of the grid share the rows of a sequence, warp by warp: first those of its new keys, then
+/// The blocks of one row of the grid share the rows of sequence b, warp by warp: first those of its new keys, then
 /// those of its queries.
 template <AppendTypes types>
-__device__ void append(const AppendArguments& a) {
-  ptx::begin_overlapped();
+__device__ void append_sequence(const AppendArguments& a, int b) {
   const Problem& p = a.problem;
-  const int b = blockIdx.y;
   const Sequence sequence = p.sequence(b);
   const Rotary* const rotary = p.rotary.given() ? &p.rotary : nullptr;
   const int warps = blockDim.x / 32;
@@ -85,6 +83,13 @@ __device__ void append(const AppendArguments& a) {
     write_row<types.query, types.query>(p.q.at(p.query_slot(b), row, head), a.rotated_q.at(p.query_slot(b), row, head),
                                         p.head_dim, rotary, static_cast<long long>(sequence.rotary_base) + advance);
   }
+}
+
+template <AppendTypes types>
+__device__ void append(const AppendArguments& a) {
+  ptx::begin_overlapped();
+#pragma unroll 1
+  for (int b = blockIdx.y; b < a.problem.batch; b += gridDim.y) append_sequence<types>(a, b);
 }
 
 }  // namespace mate::cuda

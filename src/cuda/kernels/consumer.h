@@ -18,7 +18,7 @@ template <ForwardVariant variant>
 class Consumer {
  public:
   __device__ Consumer(const ForwardArguments& arguments, ForwardShared<variant>& shared, int group)
-      : a_(arguments), shared_(shared), group_(group), results_(arguments, group, shared.merges) {}
+      : a_(arguments), shared_(shared), group_(group), results_(arguments, group, shared.is_last) {}
 
  protected:
   using TilePlace = RingPlace<ForwardShared<variant>::work_stages>;
@@ -116,7 +116,7 @@ class Consumer {
         for (float& score : scores) score *= qk_factor;
         ptx::wgmma_fence();
       }
-      constexpr int q_part = chunks_of(variant.head_dim) * variant.tile_rows() * chunk_row_bytes;
+      constexpr int q_part = variant.qv_offset();
       multiply<variant.head_dim_v>(scores, ptx::advance(q, q_part), v, 1);
     }
     ptx::wgmma_commit();
@@ -300,7 +300,7 @@ __device__ void run(const ForwardArguments& a) {
     ptx::await_earlier_kernels();
     ConsumerOfVariant(a, shared, consumer).run();
   }
-  clear_rows_outside(a);
+  if (threadIdx.x < 32) clear_rows_of_no_tile<variant>(a);  // the scheduler, which is done first
 }
 
 }  // namespace mate::cuda

@@ -82,7 +82,7 @@ struct ForwardShared {
   float references[variant.wide || variant.e4m3 ? 64 * variant.warpgroups : 1];
   float weight_sums[variant.wide ? 64 * variant.warpgroups : 1];
   [[no_unique_address]] Rehearsal<variant> rehearsal;
-  int merges[variant.row_groups()];  ///< whether the parts of some rows are all done
+  int is_last[variant.row_groups()];  ///< whether the parts of some rows are all done
   RingBarriers<variant.q_stages> q;
   RingBarriers<variant.stages> k, v;
   RingBarriers<variant.prepares() ? variant.fetched_stages : 1> fetched_k, fetched_v;  ///< likewise

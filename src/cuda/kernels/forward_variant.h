@@ -112,6 +112,8 @@ struct ForwardVariant {
     return chunks_of(head_dim, query_bytes()) + (qv ? chunks_of(head_dim_v, query_bytes()) : 0);
   }
   constexpr int q_bytes() const { return tile_rows() * q_chunks() * chunk_row_bytes; }
+  /// Where qv stands behind q.
+  constexpr int qv_offset() const { return tile_rows() * chunks_of(head_dim, query_bytes()) * chunk_row_bytes; }
   constexpr int k_bytes() const { return block_keys * chunks_of(head_dim, key_bytes()) * chunk_row_bytes; }
   constexpr int v_bytes() const {
     return e4m3 ? head_dim_v * chunks_of(block_keys, key_bytes()) * chunk_row_bytes

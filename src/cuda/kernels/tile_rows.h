@@ -47,17 +47,37 @@ __device__ inline void clear_tile(const ForwardArguments& a, const TileWork& wor
   }
 }
 
-/// Rows of ragged tensors that belong to no sequence: out 0, lse -inf.
-__device__ inline void clear_rows_outside(const ForwardArguments& a) {
+/// Rows of ragged tensors that are in no tile: out 0, lse -inf. For one warp of each block of threads.
+template <ForwardVariant variant>
+__device__ void clear_rows_of_no_tile(const ForwardArguments& a) {
   const Problem& p = a.problem;
   if (!p.ragged_queries()) return;
+  const auto clear = [&](int row) {
+#pragma unroll 1
+    for (int head = 0; head < p.heads_q; ++head) clear_row(p, 0, row, head, -infinity());
+  };
+  // Those that belong to no sequence.
   const int begin = clamp(p.queries.cu_seqlens[0], 0, p.queries.rows);
   const int end = clamp(p.queries.cu_seqlens[p.batch], begin, p.queries.rows);
   const int rows = begin + p.queries.rows - end;
-  const int warps = blockDim.x / 32;
-  for (int i = blockIdx.x * warps + threadIdx.x / 32; i < rows; i += gridDim.x * warps) {
-    const int row = i < begin ? i : end + i - begin;
-    for (int head = 0; head < p.heads_q; ++head) clear_row(p, 0, row, head, -infinity());
+#pragma unroll 1
+  for (int i = blockIdx.x; i < rows; i += gridDim.x) clear(i < begin ? i : end + i - begin);
+  if constexpr (variant.one_tile()) {
+    // Those of longer sequences than max_seqlen_q said there were.
+    const int in_tile = divide(a.tile_rows, a.pack);
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int first = blockIdx.x * 32; first < p.batch; first += gridDim.x * 32) {
+      const int capacity = first + lane < p.batch ? query_capacity(p.queries, first + lane) : 0;
+#pragma unroll 1
+      for (unsigned longer = __ballot_sync(~0U, capacity > in_tile); longer != 0; longer &= longer - 1) {
+        const int source = __ffs(longer) - 1;
+        const int first_row = clamp(p.queries.cu_seqlens[first + source], 0, p.queries.rows);
+        const int count = __shfl_sync(~0U, capacity, source);
+#pragma unroll 1
+        for (int i = in_tile; i < count; ++i) clear(first_row + i);
+      }
+    }
   }
 }
 
