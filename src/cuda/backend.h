@@ -28,8 +28,8 @@ void combine(const CombineProblem& problem, int device, void* stream);
 /// Writes how many pieces of work each sequence of a call has. Every call of forward() finds that by itself.
 void scheduler_metadata(const Problem& problem, int device, void* stream, int* out, std::int64_t stride);
 
-/// The kernels that calls with these head sizes and types may need, for whatever else they ask: causal or not,
-/// aligned or not.
+/// The kernels that calls with these head sizes and types may need, for whatever else they ask - causal or not, aligned
+/// or not - but for a softmax_scale that is not positive.
 std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const TensorTypes& types, bool softcap, bool qv);
 
 }  // namespace mate::cuda

@@ -14,7 +14,6 @@ struct Device {
   int capability = 0;  ///< 90 for Hopper's 9.0
   int multiprocessors = 0;
   int l2_bytes = 0;
-  int max_shared_bytes = 0;  ///< of a block that asks for more than the usual
 };
 
 /// What is known of a device. Throws Error (not_implemented) where there is no driver or no such device.

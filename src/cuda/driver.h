@@ -31,7 +31,6 @@ enum CUdevice_attribute : int {
   CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE = 38,
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
-  CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
 };
 
 enum CUfunction_attribute : int {
@@ -51,17 +50,11 @@ enum CUstream_flags : unsigned {
 };
 
 enum CUlaunchAttributeID : int {
-  CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION = 4,
   CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
 };
 
 union CUlaunchAttributeValue {
   std::byte pad[64];
-  struct {
-    unsigned x;
-    unsigned y;
-    unsigned z;
-  } clusterDim;
   int programmaticStreamSerializationAllowed;
 };
 
@@ -83,7 +76,6 @@ struct CUlaunchConfig {
 enum CUtensorMapDataType : int {
   CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0,
   CU_TENSOR_MAP_DATA_TYPE_UINT16 = 1,
-  CU_TENSOR_MAP_DATA_TYPE_UINT32 = 2,
 };
 enum CUtensorMapInterleave : int { CU_TENSOR_MAP_INTERLEAVE_NONE = 0 };
 enum CUtensorMapSwizzle : int { CU_TENSOR_MAP_SWIZZLE_128B = 3 };

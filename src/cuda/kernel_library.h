@@ -74,7 +74,7 @@ struct Launch {
 };
 
 /// Launches a kernel with the addresses of its arguments, while the stream's earlier ones run to their end: each kernel
-/// of the library begins with ptx::begin_overlapped().
+/// of the library waits for that by ptx::await_earlier_kernels().
 void launch_with(const Kernel& kernel, const Launch& launch, void** argument_addresses);
 
 /// Launches a kernel. The arguments are of the very types of its parameters. A context of the device must be current.

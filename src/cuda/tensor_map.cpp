@@ -11,9 +11,7 @@ constexpr std::uint32_t element_strides[] = {1, 1, 1, 1, 1};
 
 // Copies move bits: of the elements' type only the size matters.
 CUtensorMapDataType type_of(int element_bytes) {
-  return element_bytes == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-         : element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16
-                              : CU_TENSOR_MAP_DATA_TYPE_UINT32;
+  return element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
 }
 
 }  // namespace

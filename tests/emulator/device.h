@@ -1,6 +1,6 @@
 // The language of device code as a compiler for the CPU reads it: CUDA's keywords, built-in variables and functions of
 // a warp, for the kernels of src/cuda/kernels. It comes before them; what they have in kernels/ptx/ is replaced by the
-// files of ptx/ here. emulator.cpp runs what is compiled.
+// files of ptx/ here. driver.cpp runs what is compiled.
 #pragma once
 
 #include <cmath>
@@ -59,7 +59,7 @@ class Exchange {
     for (int i = 0; i < warp_lanes; ++i) std::memcpy(&values_[i], all[i].bytes, sizeof(T));
   }
 
-  T operator[](int lane) const { return values_[lane % warp_lanes]; }
+  T operator[](int lane) const { return values_[static_cast<unsigned>(lane) % warp_lanes]; }
 
   template <typename Operation>
   T reduce(const Operation& operation) const {

@@ -27,7 +27,6 @@ namespace {
 using Kernel = void (*)(void** arguments);
 
 constexpr int multiprocessors = 4;
-constexpr int bytes_of_multiprocessor = 227 * 1024;
 constexpr int l2_bytes = 50 << 20;
 
 /// A block of threads while it runs.
@@ -216,7 +215,7 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
       *value = l2_bytes;
       break;
     default:
-      *value = bytes_of_multiprocessor;
+      return CUDA_ERROR_INVALID_VALUE;
   }
   return CUDA_SUCCESS;
 }

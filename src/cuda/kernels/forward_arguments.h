@@ -21,13 +21,14 @@ struct ForwardArguments {
   TensorMap v;
   TensorMap qv;  ///< like q, where it is given
   Problem problem;
-  int pack = 1;                   ///< query heads that share a tile
-  int tile_rows = 0;              ///< rows of a tile: a multiple of pack
-  float heads_reciprocal = 1;     ///< 1 / pack
-  float score_factor = 1;         ///< multiplies products before they are capped and compared: 1, but for odd scales
+  int pack = 1;                ///< query heads that share a tile
+  int tile_rows = 0;           ///< rows of a tile: a multiple of pack
+  float heads_reciprocal = 1;  ///< 1 / pack
+  float score_factor =
+      1;  ///< multiplies products before they are capped and compared: 1, but for softcap and odd scales
   float exponent_scale = 1;       ///< multiplies scores to make them exponents of 2; not negative
   int keys_in_l2 = 0;             ///< keys and values of one head that the L2 cache holds
-  int copy_bytes = 0;             ///< of a gather: rows are copied in pieces of so many bytes
+  int copy_bytes = 0;             ///< rows that are read one by one are read in pieces of so many bytes
   int box_keys = 0;               ///< keys that are fetched together: no more than a page has
   int boxes = 0;                  ///< of a block of keys
   bool wide_rows = false;         ///< rows of out are aligned to 16 bytes

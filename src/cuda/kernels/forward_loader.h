@@ -219,7 +219,7 @@ class ForwardLoader {
     const int slot = p.query_slot(work.sequence);
     unsigned char* const tile = shared_.q_tiles[to.stage()].rows;
     ptx::Mbarrier& full = shared_.q.full[to.stage()];
-    [[maybe_unused]] constexpr int qv_offset = variant.tile_rows() * chunks_of(variant.head_dim) * chunk_row_bytes;
+    [[maybe_unused]] constexpr int qv_offset = variant.qv_offset();
     if constexpr (variant.gather) {
       const auto gather = [&]<int padded>(unsigned char* part, const Rows& rows, int head_dim) {
         gather_.template copy<variant.tile_rows(), padded>(part, head_dim, [&](int row, int) -> const QueryBits* {

@@ -1,7 +1,7 @@
 // From rows in global memory to swizzled tiles in shared memory: by tensor maps, or row by row.
 //
-// A tile is chunks of 64 columns, each a block of rows of 128 bytes whose eight pieces of 16 bytes are permuted: piece
-// c of row r stands at place c ^ (r % 8). Products read it without bank conflicts.
+// A tile is chunks of columns, each a block of rows of 128 bytes whose eight pieces of 16 bytes are permuted: piece c
+// of row r stands at place c ^ (r % 8). Products read it without bank conflicts.
 #pragma once
 
 #include "element.h"

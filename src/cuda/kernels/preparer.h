@@ -135,7 +135,7 @@ class Preparer {
     unsigned char* const tile = shared_.q_tiles[place.stage()].rows;
     widen_rows_of_queries<variant.head_dim>(tile, work, a_.problem.q, a_.problem.head_dim);
     if constexpr (variant.qv) {
-      constexpr int offset = variant.tile_rows() * chunks_of(variant.head_dim) * chunk_row_bytes;
+      constexpr int offset = variant.qv_offset();
       widen_rows_of_queries<variant.head_dim_v>(tile + offset, work, a_.problem.qv, a_.problem.head_dim_v);
     }
     announce(shared_.q.full[place.stage()]);

@@ -60,19 +60,19 @@ class ResultWriter {
     }
   }
 
-  /// The same of a tile of which each of `warps` warps has seen some of the keys: their sums are merged as those of
+  /// The same of a tile of which each warp of stream.h has seen some of the keys: their sums are merged as those of
   /// parts are, which see merge_to_out().
   template <typename WeightOf, typename Read>
-  __device__ void write_merged(const TileWork& work, int begin, int warps, float value_factor,
-                               const WeightOf& weight_of, const Read& read) const {
+  __device__ void write_merged(const TileWork& work, int begin, float value_factor, const WeightOf& weight_of,
+                               const Read& read) const {
     if constexpr (variant.splits) {
       if (work.parts.count > 1) {
-        merge_to_part(work, work.part_at(a_.cut, begin), warps, weight_of, read);
+        merge_to_part(work, work.part_at(a_.cut, begin), weight_of, read);
         if (begin == work.blocks.begin && are_all_done(work)) merge_parts(work, value_factor);
         return;
       }
     }
-    merge_to_out<variant.stream_warps()>(work, warps, value_factor, weight_of, read);
+    merge_to_out<variant.stream_warps()>(work, variant.stream_warps(), value_factor, weight_of, read);
   }
 
   /// Waits for the other threads of the rows' consumers.
@@ -199,16 +199,15 @@ class ResultWriter {
     }
   }
 
-  /// Merges what each of `warps` warps has seen into a part.
+  /// Merges what each warp of stream.h has seen into a part.
   template <typename WeightOf, typename Read>
-  __device__ void merge_to_part(const TileWork& work, int part, int warps, const WeightOf& weight_of,
-                                const Read& read) const {
+  __device__ void merge_to_part(const TileWork& work, int part, const WeightOf& weight_of, const Read& read) const {
 #pragma unroll 1
     for (int row = first_row() + thread() / 32; row < first_row() + rows; row += warps) {
       if (place_of(a_, work, row).query >= work.used) continue;
       const long long at = partial_row(work, part, row);
       merge_row<float4, true, variant.stream_warps()>(
-          warps, a_.problem.head_dim_v, [&](int warp) { return weight_of(warp, row); },
+          variant.stream_warps(), a_.problem.head_dim_v, [&](int warp) { return weight_of(warp, row); },
           [&](int warp, int column) { return read(warp, row, column); },
           [&](PartWeight all) {
             if (first_lane()) *weight_of_part(at) = make_float2(all.max, all.sum);

@@ -36,7 +36,7 @@ struct ScoreColumns {
   int stride = 8;
 };
 
-/// Hides from each row of a thread the columns from `ends` on.
+/// Hides the columns of each row of a thread from `end_of_first` or `end_of_second` on.
 template <int keys>
 __device__ inline void hide_keys_from(float (&scores)[keys / 2], int end_of_first, int end_of_second,
                                       ScoreColumns columns = {}) {
@@ -52,7 +52,7 @@ __device__ inline void hide_keys_from(float (&scores)[keys / 2], int end_of_firs
   }
 }
 
-/// Hides those before `begins`.
+/// Hides those before `begin_of_first` or `begin_of_second`.
 template <int keys>
 __device__ inline void hide_keys_before(float (&scores)[keys / 2], int begin_of_first, int begin_of_second,
                                         ScoreColumns columns = {}) {

@@ -35,7 +35,6 @@ class StreamConsumer : Consumer<variant> {
 
  private:
   using Products = StreamProducts<variant>;
-  static constexpr int warps = variant.stream_warps();
   static constexpr int keys = Products::keys;  // of a warp
   static constexpr int row_tiles = Products::row_tiles;
   static constexpr int words_of_row = 2 * Products::steps;  // of a query, in each of four lanes
@@ -145,7 +144,7 @@ class StreamConsumer : Consumer<variant> {
     Products::store(sums, all.sums[warp_]);
     results_.await_others();
     results_.write_merged(
-        work_of(tile), begin, warps, this->value_factor(tile),
+        work_of(tile), begin, this->value_factor(tile),
         [&](int warp, int row) {
           const float2 weight = all.weights[warp][row];
           return PartWeight{weight.x, weight.y};

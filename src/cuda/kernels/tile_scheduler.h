@@ -39,13 +39,14 @@ class TileScheduler : TileFinder<variant> {
   using TileFinder<variant>::tiling;
   using TileFinder<variant>::units;
 
-  __device__ int tiles_of_sequence(int b) const { return TileFinder<variant>::tiles_of_sequence(b) * units(); }
+  /// Of all units.
+  __device__ int all_tiles_of(int b) const { return this->tiles_of_sequence(b) * units(); }
 
   /// The sequence of tile index_, whose place in it becomes index_in_sequence_; -1 where there are no more.
   __device__ int find_sequence() {
     const int lane = threadIdx.x % 32;
     if (!problem().ragged_queries()) {
-      const int tiles = tiles_of_sequence(0);
+      const int tiles = all_tiles_of(0);
       tiles_before_ = tiles * problem().batch;
       if (index_ >= tiles_before_) return -1;
       index_in_sequence_ = index_ % tiles;
@@ -54,7 +55,7 @@ class TileScheduler : TileFinder<variant> {
     // 32 sequences at a time: tiles are handed out in ascending order, so that the search goes on where it stopped.
     for (; first_sequence_ < problem().batch; first_sequence_ += 32) {
       const int b = first_sequence_ + lane;
-      const int tiles = b < problem().batch ? tiles_of_sequence(b) : 0;
+      const int tiles = b < problem().batch ? all_tiles_of(b) : 0;
       int end = tiles;
       for (int distance = 1; distance < 32; distance *= 2) {
         const int other = __shfl_up_sync(~0U, end, distance);

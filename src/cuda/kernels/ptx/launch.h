@@ -4,14 +4,14 @@
 
 namespace mate::cuda::ptx {
 
-/// Waits until all that the stream's earlier kernels have written is there. Before this a kernel touches nothing but
-/// its arguments and shared memory.
+/// Waits until all that the stream's earlier kernels have written is there. Before this a kernel writes no memory but
+/// shared memory, and relies on nothing that it may have read.
 __device__ inline void await_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 /// Lets the stream's next kernel be launched, which awaits the end of this one.
 __device__ inline void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-/// How every kernel of the library begins, once it has done what needs no memory.
+/// Both, for kernels that have nothing to do meanwhile.
 __device__ inline void begin_overlapped() {
   let_next_kernel_begin();
   await_earlier_kernels();

@@ -1,8 +1,8 @@
 // Matrix products of a warpgroup (wgmma): 64 rows, K = 16 of elements of 16 bits, or 32 of e4m3; sums in float32.
 //
-// The products run on their own while the threads go on: fence() before the first of a group where registers it uses
-// were written, commit() after the last, wait<n>() until at most n groups are still running, and hold() on whatever
-// registers the finished products wrote, so that the compiler moves no use of them before the wait.
+// The products run on their own while the threads go on: wgmma_fence() before the first of a group where registers it
+// uses were written, wgmma_commit() after the last, wgmma_wait<n>() until at most n groups are still running, and
+// hold() on whatever registers the finished products wrote, so that the compiler moves no use of them before the wait.
 #pragma once
 
 #include "element.h"
