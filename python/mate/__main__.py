@@ -36,7 +36,10 @@ def main() -> None:
     ahead.set_defaults(run=_warmup)
 
     arguments = parser.parse_args()
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from None
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -35,8 +35,23 @@ def number(name: str, value: SupportsFloat) -> float:
         raise TypeError(f"{name} must be a number, got {_describe(value)}")
     try:
         return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit a float, got a larger number") from None
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number, got {_describe(value)}") from None
+
+
+def boolean(name: str, value: object) -> bool:
+    if value is True or value is False:
+        return value
+    try:
+        return bool(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a bool, got {_describe(value)}") from None
+
+
+def optional_boolean(name: str, value: object) -> bool | None:
+    return None if value is None else boolean(name, value)
 
 
 def optional_number(name: str, value: SupportsFloat | None) -> float | None:

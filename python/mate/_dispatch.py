@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from mate import _operators
@@ -18,6 +19,7 @@ def run_attention(
     function: str, call: AttentionCall, out: Tensor | None, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """out, and lse where it is wanted."""
+    _check_forward_mode(function, call)
     if _is_traced(call.q):
         return _operators.attention(function, call, out, with_lse)
     inputs = call.differentiable() if torch.is_grad_enabled() else []
@@ -28,6 +30,7 @@ def run_attention(
         result = call.run(out, lse)
     except Exception:
         if _is_wrapped(call):
+            _check_functional_grad(function, call)
             return _operators.attention(function, call, out, with_lse)
         raise
     if out is not None:
@@ -43,6 +46,7 @@ def run_attention(
 
 def run_combine(function: str, call: CombineCall, out: Tensor | None, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """out, and lse."""
+    _check_forward_mode(function, call)
     if _is_traced(call.out_partial):
         return _operators.combine(function, call, out, out_dtype)
     inputs = call.differentiable() if torch.is_grad_enabled() else []
@@ -54,6 +58,7 @@ def run_combine(function: str, call: CombineCall, out: Tensor | None, out_dtype:
         call.run(result, lse)
     except Exception:
         if _is_wrapped(call):
+            _check_functional_grad(function, call)
             return _operators.combine(function, call, out, out_dtype)
         raise
     if out is not None:
@@ -95,8 +100,33 @@ def _is_wrapped(call: Sequence[object]) -> bool:
     )
 
 
+# Backward raises when somebody runs it. Forward mode and torch.func compute derivatives with the call itself.
+
+
+def _check_forward_mode(function: str, call: Sequence[object]) -> None:
+    if forward_ad._current_level < 0:
+        return
+    for value in call:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(f"{function} has no forward-mode derivative: MATE computes the forward pass only")
+
+
+def _check_functional_grad(function: str, call: Sequence[object]) -> None:
+    for value in call:
+        if isinstance(value, Tensor) and torch._C._functorch.is_gradtrackingtensor(value):
+            raise NotImplementedError(f"{function} has no backward: MATE computes the forward pass only")
+
+
 def _check_writable(out: Tensor, inputs: Sequence[Tensor]) -> None:
-    if torch.is_grad_enabled() and out.requires_grad:
-        raise ValueError("out must not require grad: it is overwritten")
+    # What a leaf is computed from nobody knows; another tensor's past is overwritten with it.
+    leaf = out if out._base is None else out._base
+    if torch.is_grad_enabled() and leaf.is_leaf and leaf.requires_grad:
+        raise ValueError("out must not be a leaf that requires grad, nor a view of one: it is overwritten")
+    autograd = torch._C._autograd
+    if inputs and out._is_view() and autograd._get_creation_meta(out) != autograd.CreationMeta.DEFAULT:
+        raise ValueError(
+            "out must not be a view that was made without grad, or one of several that one function made, where an "
+            "input requires grad: PyTorch lets nobody write to it"
+        )
     if inputs and out.is_inference():
         raise ValueError("out must not be an inference tensor where an input requires grad")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mate._arguments import (
+    boolean,
     check_tensor,
     chunk,
     contiguous_rows,
@@ -16,6 +17,7 @@ from mate._arguments import (
     integer,
     number,
     one_of,
+    optional_boolean,
     optional_integer,
     optional_number,
     same_length,
@@ -400,12 +402,14 @@ def flash_attn_qkvpacked_func(
 
     Args:
         qkv: (b, s, 3, h, d); or (b, s, h + 2 * hk, d) with num_heads_q, the heads of q, then of k, then of v.
-        num_heads_q: h, where qkv has four dimensions.
+        num_heads_q: h, where qkv has four dimensions; a multiple of hk.
     """
     qkv = contiguous_rows("qkv", qkv)
     if qkv.dim() == 5:
         if qkv.shape[2] != 3:
             raise ValueError(f"qkv must have shape (b, s, 3, h, d), got {tuple(qkv.shape)}")
+        if num_heads_q is not None and integer("num_heads_q", num_heads_q) != qkv.shape[3]:
+            raise ValueError(f"num_heads_q must be {qkv.shape[3]}, the heads of qkv, got {num_heads_q}")
         q, k, v = qkv.unbind(2)
     elif qkv.dim() == 4:
         if num_heads_q is None:
@@ -415,6 +419,10 @@ def flash_attn_qkvpacked_func(
         if heads_q < 1 or heads_k < 1 or heads_q + 2 * heads_k != qkv.shape[2]:
             raise ValueError(
                 f"num_heads_q must leave heads for keys and values among the {qkv.shape[2]} of qkv, got {heads_q}"
+            )
+        if heads_q % heads_k != 0:
+            raise ValueError(
+                f"num_heads_q must be a multiple of the {heads_k} heads that it leaves for keys, got {heads_q}"
             )
         q, k, v = torch.split(qkv, [heads_q, heads_k, heads_k], dim=2)
     else:
@@ -524,6 +532,7 @@ def get_scheduler_metadata(
         num_heads_kv: hk.
         headdim: d.
         cache_seqlens: int32 (b,), or one integer for all: the keys of each sequence, without those the call appends.
+            Metadata belongs to the device of a tensor: with an integer alone, and no other tensor, to the CPU.
         qkv_dtype: the type of q, and of k and v unless kv_dtype says otherwise.
         headdim_v: dv; headdim by default.
         cu_seqlens_q: int32 (b + 1,), for ragged queries.
@@ -583,19 +592,19 @@ def get_scheduler_metadata(
         cache_leftpad=cache_leftpad,
         page_size=optional_integer("page_size", page_size),
         max_seqlen_k_new=integer("max_seqlen_k_new", max_seqlen_k_new),
-        causal=bool(causal),
+        causal=boolean("causal", causal),
         window_left=left,
         window_right=right,
         attention_chunk=chunk(attention_chunk),
-        has_softcap=bool(has_softcap),
-        has_qv=bool(has_qv),
+        has_softcap=boolean("has_softcap", has_softcap),
+        has_qv=boolean("has_qv", has_qv),
         num_splits=integer("num_splits", num_splits),
-        pack_gqa=None if pack_gqa is None else bool(pack_gqa),
+        pack_gqa=optional_boolean("pack_gqa", pack_gqa),
         sm_margin=integer("sm_margin", sm_margin),
         cp_world_size=integer("cp_world_size", cp_world_size),
         cp_rank=integer("cp_rank", cp_rank),
         cp_tot_seqused_k=cp_tot_seqused_k,
-        batch_invariant=bool(batch_invariant),
+        batch_invariant=boolean("batch_invariant", batch_invariant),
     )
     return run_scheduler_metadata(call, out)
 
@@ -647,8 +656,8 @@ def _attention(
     if out is not None:
         check_tensor("out", out)
     left, right = window(window_size)
-    # By position, in the order of the fields: by keyword it would take twice as long.
-    call = AttentionCall(
+    # From a tuple, in the order of the fields: by keyword it would take three times as long.
+    fields = (
         _NAMES.get(function, PLAIN_NAMES),
         q,
         k,
@@ -669,9 +678,9 @@ def _attention(
         rotary_cos,
         rotary_sin,
         rotary_seqlens,
-        bool(rotary_interleaved),
+        boolean("rotary_interleaved", rotary_interleaved),
         optional_number("softmax_scale", softmax_scale),
-        bool(causal),
+        boolean("causal", causal),
         left,
         right,
         chunk(attention_chunk),
@@ -684,12 +693,12 @@ def _attention(
         integer("cp_rank", cp_rank),
         cp_tot_seqused_k,
         integer("num_splits", num_splits),
-        None if pack_gqa is None else bool(pack_gqa),
+        optional_boolean("pack_gqa", pack_gqa),
         integer("sm_margin", sm_margin),
         scheduler_metadata,
-        bool(batch_invariant),
+        boolean("batch_invariant", batch_invariant),
     )
-    out, lse = run_attention(function, call, out, bool(return_lse))
+    out, lse = run_attention(function, AttentionCall._make(fields), out, bool(return_lse))
     return out if lse is None else (out, lse)
 
 

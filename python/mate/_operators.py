@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mate._calls import AttentionCall, CombineCall, SchedulerMetadataCall
 
-_library = torch.library.Library("mate", "FRAGMENT")
+_operators = torch.library.Library("mate", "FRAGMENT")
 
 # SymInt: a size or a length may be symbolic while a graph is traced.
 _SCHEMA_TYPES = {
@@ -51,9 +51,9 @@ def _define(
         if field in mutated:
             schema_type = schema_type.replace("Tensor", f"Tensor({chr(ord('a') + mutated.index(field))}!)")
         parameters.append(f"{schema_type} {field}")
-    _library.define(f"{name}({', '.join(parameters)}) -> {returns}")
-    _library.impl(name, lambda *values: make(True, *values), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mate::{name}", lambda *values: make(False, *values), lib=_library)
+    _operators.define(f"{name}({', '.join(parameters)}) -> {returns}")
+    _operators.impl(name, lambda *values: make(True, *values), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mate::{name}", lambda *values: make(False, *values), lib=_operators)
     return getattr(torch.ops.mate, name).default
 
 
@@ -65,10 +65,10 @@ def _raise_no_backward(function: str, grads: Sequence[Tensor | None], inputs: Se
     raise NotImplementedError(f"{function} has no backward: MATE computes the forward pass only")
 
 
-_library.define("no_backward(str function, Tensor?[] grads, Tensor[] inputs) -> Tensor[]")
-_library.impl("no_backward", _raise_no_backward, "CompositeExplicitAutograd")
+_operators.define("no_backward(str function, Tensor?[] grads, Tensor[] inputs) -> Tensor[]")
+_operators.impl("no_backward", _raise_no_backward, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "mate::no_backward", lambda function, grads, inputs: [torch.empty_like(x) for x in inputs], lib=_library
+    "mate::no_backward", lambda function, grads, inputs: [torch.empty_like(x) for x in inputs], lib=_operators
 )
 
 
@@ -83,18 +83,17 @@ def _register_no_backward(name: str) -> None:
         by_input = dict(zip(ctx.differentiable, gradients))
         return tuple(by_input.get(i) for i in range(ctx.count))
 
-    torch.library.register_autograd(f"mate::{name}", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"mate::{name}", backward, setup_context=setup_context, lib=_operators)
 
 
 class _NoBackward(torch.autograd.Function):
-    """Makes results that exist depend, for autograd, on inputs that require grad."""
+    """Makes a result that exists depend, for autograd, on inputs that require grad."""
 
     @staticmethod
-    def forward(ctx: Any, function: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, function: str, result: Tensor, *inputs: Tensor) -> Tensor:
         ctx.function = function
-        results = tensors[:count]
-        ctx.mark_dirty(*results)
-        return results
+        ctx.mark_dirty(result)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -103,8 +102,9 @@ class _NoBackward(torch.autograd.Function):
 
 def without_backward(function: str, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The results of an eager call on inputs that require grad, such that backward raises NotImplementedError."""
-    apply: Callable[..., tuple[Tensor, ...]] = _NoBackward.apply
-    return apply(function, len(results), *results, *inputs)
+    # One by one: autograd lets a function write to a view only if that is its one result.
+    apply: Callable[..., Tensor] = _NoBackward.apply
+    return tuple(apply(function, result, *inputs) for result in results)
 
 
 # The same for operators that write to their arguments and so have no place for a backward: results go through this.
@@ -125,7 +125,7 @@ def _register_no_backward_of_inputs() -> None:
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         return None, None, torch.ops.mate.no_backward(ctx.function, [grad], list(ctx.saved_tensors))
 
-    torch.library.register_autograd("mate::without_backward", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd("mate::without_backward", backward, setup_context=setup_context, lib=_operators)
 
 
 _register_no_backward_of_inputs()

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import torch
 
 from mate import _library
+from mate._arguments import boolean, dtype, integer
 
 
 def warmup(
     head_dim: int,
     head_dim_v: int | None = None,
-    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    dtypes: torch.dtype | Sequence[torch.dtype] = torch.bfloat16,
     *,
     kv_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
@@ -33,7 +34,7 @@ def warmup(
     Args:
         head_dim: the head size of queries and keys.
         head_dim_v: that of values; ``head_dim`` by default.
-        dtypes: the types of queries: torch.bfloat16, torch.float16 and torch.float8_e4m3fn.
+        dtypes: the type of queries, or several: torch.bfloat16, torch.float16 and torch.float8_e4m3fn.
         kv_dtype: the type of keys and values, where it is not that of queries: torch.float8_e4m3fn.
         out_dtype: the type of results, where it is neither that of queries nor, for torch.float8_e4m3fn,
             torch.bfloat16: torch.float16.
@@ -44,25 +45,34 @@ def warmup(
 
     Returns:
         How many kernels were compiled. The others were in the folder already.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message says which.
+        RuntimeError: what the compiler reports; there is none.
     """
+    size = integer("head_dim", head_dim)
+    size_v = size if head_dim_v is None else integer("head_dim_v", head_dim_v)
+    types = [dtypes] if isinstance(dtypes, torch.dtype) else list(dtypes)
+    if jobs is not None and integer("jobs", jobs) < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
     sources = {
         name: text
-        for dtype in dtypes
+        for query_type in types
         for name, text in _library.kernel_sources(
-            head_dim,
-            head_dim if head_dim_v is None else head_dim_v,
-            dtype,
-            kv_dtype or dtype,
-            out_dtype or _out_dtype(dtype),
-            softcap,
-            qv,
+            size,
+            size_v,
+            dtype("dtypes", query_type),
+            dtype("kv_dtype", kv_dtype or query_type),
+            dtype("out_dtype", out_dtype or _out_dtype(query_type)),
+            boolean("softcap", softcap),
+            boolean("qv", qv),
         )
     }
     return compile_kernels(sources, jobs, progress)
 
 
-def _out_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
+def _out_dtype(query_type: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if query_type is torch.float8_e4m3fn else query_type
 
 
 def compile_kernels(sources: dict[str, str], jobs: int | None = None, progress: bool = True) -> int:

@@ -400,7 +400,9 @@ Problem make_problem(const SchedulerMetadataArguments& a, const ArgumentNames& n
   problem.batch = checked_length("batch_size", a.batch_size);
   problem.heads_q = checked_length("num_heads_q", a.num_heads_q);
   problem.heads_k = checked_length("num_heads_kv", a.num_heads_kv);
-  check_heads("num_heads_q", a.num_heads_q, "num_heads_kv", a.num_heads_kv);
+  require(a.num_heads_kv >= 1, "num_heads_kv must be at least 1, got ", a.num_heads_kv);
+  require(a.num_heads_q % a.num_heads_kv == 0, "num_heads_q must be a multiple of num_heads_kv = ", a.num_heads_kv,
+          ", got ", a.num_heads_q);
   check_head_dim("headdim", a.headdim);
   check_head_dim("headdim_v", a.headdim_v.value_or(a.headdim));
   problem.head_dim = static_cast<int>(a.headdim);

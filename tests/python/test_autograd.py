@@ -95,6 +95,53 @@ def test_what_is_written_is_known_to_autograd(mate: ModuleType, device: str) -> 
 def test_out_must_not_require_grad(mate: ModuleType, device: str) -> None:
     q = torch.randn(1, 3, 2, 8, device=device, dtype=torch.bfloat16)
     out = torch.zeros_like(q).requires_grad_()
-    with pytest.raises(ValueError, match="out must not require grad"):
+    with pytest.raises(ValueError, match="out must not be a leaf that requires grad"):
         mate.flash_attn_func(q, q, q, out=out)
     assert (out == 0).all()
+
+
+def test_out_that_is_a_view_of_a_buffer(mate: ModuleType, device: str) -> None:
+    q = torch.randn(1, 3, 2, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    buffer = torch.zeros(2, 1, 3, 2, 8, device=device, dtype=torch.bfloat16)
+    want = mate.flash_attn_func(*[q.detach()] * 3, return_attn_probs=True)
+    for i in range(2):
+        result, lse = mate.flash_attn_func(q, q, q, out=buffer[i], return_attn_probs=True)
+        assert same_bits((result.detach(), lse.detach()), want)
+        with pytest.raises(NotImplementedError, match="flash_attn_func"):
+            lse.sum().backward()
+    buffer = torch.zeros_like(buffer, requires_grad=False)
+    with pytest.raises(ValueError, match="out must not be a view"):
+        mate.flash_attn_func(q, q, q, out=buffer.unbind()[0])
+    assert (buffer == 0).all()
+
+
+def test_out_is_used_again(mate: ModuleType, device: str) -> None:
+    """It then carries the graph of the call before, which is overwritten with it."""
+    q = torch.randn(1, 3, 2, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    out = torch.zeros_like(q, requires_grad=False)
+    for _ in range(2):
+        mate.flash_attn_func(q, q, q, out=out)
+        assert out.grad_fn is not None
+    partial = torch.randn(2, 1, 3, 2, 8, device=device, requires_grad=True)
+    lse, buffer = torch.zeros(partial.shape[:-1], device=device), torch.zeros(2, 1, 3, 2, 8, device=device)
+    for _ in range(2):
+        mate.flash_attn_combine(partial, lse, out=buffer[1])
+
+
+def test_derivatives_that_come_with_the_call_are_refused(mate: ModuleType, device: str) -> None:
+    q = torch.randn(1, 3, 2, 8, device=device, dtype=torch.bfloat16)
+
+    def attention(x: torch.Tensor) -> torch.Tensor:
+        return mate.flash_attn_func(x, q, q)
+
+    with pytest.raises(NotImplementedError, match="flash_attn_func has no forward-mode derivative"):
+        torch.func.jvp(attention, (q,), (q,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, q)
+        with pytest.raises(NotImplementedError, match="flash_attn_func has no forward-mode derivative"):
+            attention(dual)
+        assert attention(q).shape == q.shape
+    with pytest.raises(NotImplementedError, match="flash_attn_func has no backward"):
+        torch.func.grad(lambda x: attention(x).float().sum())(q)
+    with pytest.raises(NotImplementedError, match="flash_attn_func has no backward"):
+        torch.func.vmap(torch.func.grad(lambda x: attention(x).float().sum()))(q[None])

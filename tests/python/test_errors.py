@@ -260,6 +260,9 @@ def wrong_kinds() -> list[Case]:
     for name in ("cache_batch_idx", "cache_leftpad", "page_table", "seqused_q"):
         cases.append((kvcache, {name: [0, 1]}, TypeError, name))
     cases += [
+        (func, {"causal": torch.ones(2)}, TypeError, "causal"),
+        (func, {"batch_invariant": torch.ones(2)}, TypeError, "batch_invariant"),
+        (kvcache, {"pack_gqa": torch.ones(2)}, TypeError, "pack_gqa"),
         (func, {"num_splits": 1.5}, TypeError, "num_splits"),
         (func, {"num_splits": "2"}, TypeError, "num_splits"),
         (func, {"sm_margin": 0.5}, TypeError, "sm_margin"),
@@ -427,6 +430,10 @@ def wrong_values() -> list[Case]:
         cases.append((packed, {"softcap": value}, ValueError, "softcap"))
     return [
         *cases,
+        (func, {"softmax_scale": 10**400}, ValueError, "softmax_scale"),
+        (packed, {"num_heads_q": H + 1}, ValueError, "num_heads_q"),
+        (packed_grouped, {"num_heads_q": 2}, ValueError, "num_heads_q must be a multiple"),
+        (plan, {"num_heads_kv": 3}, ValueError, "num_heads_q must be a multiple of num_heads_kv = 3"),
         (func, {"num_splits": 257}, ValueError, "num_splits"),
         (varlen, {"num_splits": 1000}, ValueError, "num_splits"),
         (kvcache, {"num_splits": 257}, ValueError, "num_splits"),

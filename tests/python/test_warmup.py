@@ -96,6 +96,14 @@ def test_wrong_arguments_are_refused(mate: ModuleType, cache: Path) -> None:
             mate.warmup(head_dim)
         with pytest.raises(ValueError, match=f"head_dim_v must be from 1 to 512, got {head_dim}"):
             mate.warmup(HEAD_DIM, head_dim)
+    with pytest.raises(TypeError, match="head_dim must be an integer"):
+        mate.warmup("64")
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        mate.warmup(HEAD_DIM, jobs=0)
+    command = [sys.executable, "-m", "mate", "warmup", "--head-dim", "0"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr == "python -m mate: head_dim must be from 1 to 512, got 0\n"
     assert not cache.exists()
 
 
