@@ -42,10 +42,10 @@ python-test: ## The Python tests, on the installed packages
 	@$(MAKE) install
 	pytest -q
 
-test-gpu: gpu-setup $(LIBRARY) ## The tests on an NVIDIA GPU; likewise
+test-gpu: gpu-setup $(LIBRARY) ## The tests on an NVIDIA GPU (GPU_PYTHON as for demo-gpu)
 	MATE_TEST_DEVICE=cuda $(ON_GPU) -m pytest -q
 
-sanitize-gpu: gpu-setup $(LIBRARY) ## compute-sanitizer's four tools over small calls on an NVIDIA GPU; likewise
+sanitize-gpu: gpu-setup $(LIBRARY) ## compute-sanitizer's four tools over small calls on an NVIDIA GPU (likewise)
 	$(ON_GPU) tests/python/sanitize_gpu.py
 
 gpu-setup:
@@ -69,7 +69,8 @@ bench-cpu: ## MATE beside PyTorch on this CPU: tables, all numbers in build/benc
 	@scripts/setup bench
 	PYTHONPATH=python python benchmarks/cpu.py --json build/bench-cpu.json --pictures docs/images
 
-bench-gpu: gpu-setup $(LIBRARY) ## MATE beside cuDNN, and FlashAttention-3 where FA3_LIBRARY names it, on an NVIDIA GPU; likewise
+bench-gpu: $(LIBRARY) ## MATE beside cuDNN, and FlashAttention-3 where FA3_LIBRARY names it, on an NVIDIA GPU (GPU_PYTHON as for demo-gpu)
+	@$(if $(GPU_PYTHON),,scripts/setup bench)
 	$(ON_GPU) benchmarks/gpu.py --json build/bench-gpu.json --pictures docs/images
 
 bench-compile: ## Seconds, bytes and registers of GPU kernels; needs no GPU

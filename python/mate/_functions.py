@@ -522,7 +522,8 @@ def get_scheduler_metadata(
     """Decides once, for all the layers of a model, how calls with these lengths will be cut up.
 
     A call with metadata of its own shapes, lengths and options gives bit for bit what it gives without. Calls read the
-    metadata and never write it. Refreshed in place (with ``out`` or copy_) it serves other lengths of the same batch.
+    metadata where their num_splits is 0 (that of flash_attn_varlen_func is 1 by default), and never write it; on a GPU
+    they find out for themselves. Refreshed in place (with ``out`` or copy_) it serves other lengths of the same batch.
 
     Args:
         batch_size: b.

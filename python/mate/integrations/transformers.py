@@ -16,7 +16,7 @@ MATE's masks is meant and where the tokens of each sequence lie. `attention_forw
 | sequences packed one after the other; padding between tokens | `flash_attn_varlen_func` |
 
 What MATE cannot express (masks given as tensors, masks of a model's own making, dropout, position biases)
-raises NotImplementedError; nothing is ignored. Where the mask tells that a query is padding, its output is
+raises NotImplementedError. Where the mask tells that a query is padding, its output is
 zero.
 """
 
