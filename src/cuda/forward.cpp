@@ -188,6 +188,7 @@ bool has_long_keys(const Problem& p) { return divide_up(most_keys(p), 128) > lon
 /// parts of tiles are merged, than if they take whole tiles, those of a sequence with the most keys first.
 bool gains_by_sharing(const Problem& p, int multiprocessors) {
   constexpr float merging = 2 * long_blocks;  // blocks of keys that could be multiplied meanwhile
+  constexpr float worth = 1.15F;              // keys may be fewer than there is room for, and what it saves with them
   constexpr float tiles_enough = 8;           // of each multiprocessor, whatever their keys are
   const Tiling tiling{128, 128, p.group()};
   const int rows = mean_rows(p);
@@ -205,7 +206,7 @@ bool gains_by_sharing(const Problem& p, int multiprocessors) {
   if (!are_alike(p)) return most > long_blocks && tiles < tiles_enough;
   const float shared = tiles * (most + least) / 2;
   const float whole = std::max(most, std::min(std::ceil(tiles) * most, shared + least));
-  return whole > shared + merging;
+  return whole > worth * shared + merging;
 }
 
 /// Whether keys are shared out among blocks of threads: where the call says so, and where that takes less time.
