@@ -26,7 +26,9 @@ class ForwardLoader {
       found = load(shared_.works[work_.stage()], ahead);
       shared_.work.empty[work_.again().stage()].arrive();
     }
-    if (!variant.wide && !variant.stream() && !variant.widens() && loads_keys()) announce_no_more();
+    if constexpr (variant.scores_ahead() && !variant.widens()) {
+      if (loads_keys()) announce_no_more(shared_.k, next_, variant.gather);
+    }
   }
 
  private:
@@ -66,12 +68,6 @@ class ForwardLoader {
       return shared_.fetched_v_tiles.tiles[stage].rows;
     else
       return shared_.v_tiles[stage].rows;
-  }
-
-  /// Consumers that score ahead wait for the keys of the next block, be there one or not.
-  __device__ void announce_no_more() {
-    shared_.k.empty[next_.stage()].wait(next_.parity() ^ 1);
-    if (variant.gather || first_lane()) shared_.k.full[next_.stage()].arrive();
   }
 
   using QueryBits = typename BitsOf<query_bytes>::Type;

@@ -56,6 +56,8 @@ struct ForwardVariant {
   constexpr bool stream() const { return stream_rows > 0; }
   /// Whether all query rows of a unit of heads, in any sequence, are one tile: decoding.
   constexpr bool one_tile() const { return stream() || (!wide && warpgroups == 1); }
+  /// Whether consumers score the next block while they multiply the values of this one (forward.h).
+  constexpr bool scores_ahead() const { return !wide && !stream(); }
   /// Parts of a tile, of 64 rows each, that consumers are done with at times of their own.
   constexpr int row_groups() const { return wide || stream() ? 1 : warpgroups; }
   /// Consumers of the same rows.

@@ -3,6 +3,7 @@
 
 #include "ptx/shared.h"
 #include "softmax.h"
+#include "warp.h"
 
 namespace mate::cuda {
 
@@ -12,16 +13,6 @@ struct PartWeight {
   float max;  ///< -inf: the part has no keys, and its sums are not read
   float sum;
 };
-
-__device__ inline float warp_max(float x) {
-  for (int distance = 16; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(~0U, x, distance));
-  return x;
-}
-
-__device__ inline float warp_sum(float x) {
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0U, x, distance);
-  return x;
-}
 
 /// Sums that are asked for at once, unless fewer are enough.
 inline constexpr int most_at_once = 16;

@@ -34,11 +34,7 @@ class Preparer {
       prepare(work);
       shared_.work.empty[work_.stage()].arrive();
     }
-    if constexpr (variant.widens() && !variant.wide) {
-      // Consumers that score ahead wait for the keys of the next block, be there one or not.
-      shared_.k.empty[next_.stage()].wait(next_.parity() ^ 1);
-      if (first_lane()) shared_.k.full[next_.stage()].arrive();
-    }
+    if constexpr (variant.scores_ahead() && variant.widens()) announce_no_more(shared_.k, next_, false);
   }
 
  private:

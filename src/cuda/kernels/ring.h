@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ptx/mbarrier.h"
+#include "warp.h"
 
 namespace mate::cuda {
 
@@ -43,7 +44,13 @@ class RingPlace {
   unsigned count_ = 0;
 };
 
-__device__ inline bool first_lane() { return threadIdx.x % 32 == 0; }
+/// Consumers that score ahead wait for the keys of the next block, be there one or not: behind the last one the warps
+/// that would bring them say that they are there, by a lane for each, or by all where rows are gathered.
+template <int stages>
+__device__ inline void announce_no_more(RingBarriers<stages>& keys, RingPlace<stages> next, bool each_lane) {
+  keys.empty[next.stage()].wait(next.parity() ^ 1);
+  if (each_lane || first_lane()) keys.full[next.stage()].arrive();
+}
 
 /// Each warp that has done with a buffer says so.
 __device__ inline void release(ptx::Mbarrier& empty) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "tile_work.h"
+#include "warp.h"
 
 namespace mate::cuda {
 
@@ -18,8 +19,6 @@ class StepCounter : public TileFinder<variant> {
   using TileFinder<variant>::units;
 
   __device__ static int lane() { return threadIdx.x % 32; }
-
-  __device__ static int warp_sum(int x) { return __reduce_add_sync(~0U, x); }
 
   /// Of a tile of a sequence with so many rows of out.
   __device__ int blocks_of_step(int capacity, int tile) const {
@@ -175,7 +174,7 @@ __device__ void count_together(const ForwardArguments& a, BatchSteps& steps) {
   for (int chunk = warp; chunk * 32 < a.problem.batch; chunk += warps) {
     const auto count = counter.count(32 * chunk + lane);
     mine.add(count);
-    const int all = counter.warp_sum(count.steps);
+    const int all = warp_sum(count.steps);
     if (lane == 0 && chunk < BatchSteps::chunks) steps.of_chunk[chunk] = all;
   }
   mine = mine.reduced();
@@ -238,16 +237,6 @@ class SplitScheduler : StepCounter<variant> {
   using StepCounter<variant>::problem;
   using StepCounter<variant>::units;
   using StepCounter<variant>::worker_;
-
-  /// The sum over this lane and those before it.
-  __device__ static int warp_prefix_sum(int x) {
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_up_sync(~0U, x, distance);
-      if (lane() >= distance) x += other;
-    }
-    return x;
-  }
 
   /// Goes to the chunk of 32 sequences in which a step of the unit lies, or to the first that is not kept.
   __device__ void seek(const BatchSteps& counted, int step) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "tile_work.h"
+#include "warp.h"
 
 namespace mate::cuda {
 
@@ -56,12 +57,7 @@ class TileScheduler : TileFinder<variant> {
     for (; first_sequence_ < problem().batch; first_sequence_ += 32) {
       const int b = first_sequence_ + lane;
       const int tiles = b < problem().batch ? all_tiles_of(b) : 0;
-      int end = tiles;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(~0U, end, distance);
-        if (lane >= distance) end += other;
-      }
-      end += tiles_before_;
+      const int end = tiles_before_ + warp_prefix_sum(tiles);
       const unsigned beyond = __ballot_sync(~0U, end > index_);
       if (beyond != 0) {
         const int found = __ffs(beyond) - 1;
