@@ -270,11 +270,10 @@ class SplitScheduler : StepCounter<variant> {
     }
     const int found = __ffs(beyond) - 1;
     const Count count = this->from(count_, found);
-    Share tile;
-    tile.end = __shfl_sync(~0U, end_of_sequence_, found);
-    tile.begin = tile.end - count.steps;
-    int index = 0;
-    if constexpr (!variant.one_tile()) index = count.tiles == 1 ? worker_.tile(0) : find_tile(count, tile);
+    Share of_sequence;
+    of_sequence.end = __shfl_sync(~0U, end_of_sequence_, found);
+    of_sequence.begin = of_sequence.end - count.steps;
+    const auto [index, tile] = find_tile(count, of_sequence);
     const Share taken{share_.begin, tile.end < share_.end ? tile.end : share_.end};
     if (lane() == 0) {
       work.sequence = first_sequence_ + found;
@@ -307,10 +306,17 @@ class SplitScheduler : StepCounter<variant> {
     return !a_.cut.parts_are_grains() || __shfl_sync(~0U, static_cast<int>(any), 0) != 0;
   }
 
-  /// The tile of the unit with the steps `unit` in which the next step lies; the last tile, which has the most keys,
-  /// comes first. `unit` becomes the tile's steps.
-  __device__ int find_tile(const Count& count, Share& unit) const {
-    int begin = unit.begin;
+  struct Tile {
+    int index;
+    Share steps;
+  };
+
+  /// The tile of a sequence, which has the steps `of_sequence` in this unit, in which the next step lies. The last
+  /// tile, which has the most keys, comes first.
+  __device__ Tile find_tile(const Count& count, Share of_sequence) const {
+    if constexpr (variant.one_tile()) return {0, of_sequence};
+    if (count.tiles == 1) return {worker_.tile(0), of_sequence};
+    int begin = of_sequence.begin;
 #pragma unroll 1
     for (int first = 0;; first += 32) {
       const int i = count.tiles - 1 - (first + lane());
@@ -319,9 +325,9 @@ class SplitScheduler : StepCounter<variant> {
       const unsigned beyond = __ballot_sync(~0U, end > share_.begin);
       if (beyond != 0) {
         const int found = __ffs(beyond) - 1;
-        unit.end = __shfl_sync(~0U, end, found);
-        unit.begin = unit.end - __shfl_sync(~0U, steps, found);
-        return worker_.tile(count.tiles - 1 - (first + found));
+        const int end_of_tile = __shfl_sync(~0U, end, found);
+        return {worker_.tile(count.tiles - 1 - (first + found)),
+                {end_of_tile - __shfl_sync(~0U, steps, found), end_of_tile}};
       }
       begin = __shfl_sync(~0U, end, 31);
     }
