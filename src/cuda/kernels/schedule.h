@@ -7,6 +7,21 @@
 
 namespace mate::cuda {
 
+/// Ends the rehearsal of the first tile, which was found, or not `found`, while earlier kernels ran: waits for their
+/// end, and tells the loaders whether it is the tile that they will get. Returns whether lengths are what they were
+/// then.
+template <ForwardVariant variant, typename Scheduler>
+__device__ bool end_rehearsal(const Scheduler& scheduler, ForwardShared<variant>& shared, bool found,
+                              const TileWork& work) {
+  if (first_lane()) shared.rehearsal.rehearsed.arrive();
+  ptx::await_earlier_kernels();
+  const bool holds = scheduler.still_holds();
+  const bool stays = holds && (!found || work.blocks.size() > 0);
+  if (first_lane()) shared.rehearsal.holds = stays;
+  if (!stays) shared.rehearsal.looked_up.wait(0);
+  return holds;
+}
+
 template <ForwardVariant variant, typename Scheduler>
 __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shared) {
   // While earlier kernels run to their end, the share of a small batch is found from lengths that they may yet change.
@@ -45,6 +60,7 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
     shared.work.empty[place.stage()].wait(place.parity() ^ 1);
     TileWork& work = shared.works[place.stage()];
     bool found = false;
+    // One loop for the first tile and all others: begin() and next() are long programs, which are to be there once.
     for (;;) {
       if constexpr (keeps) {
         if (share != Found::found) scheduler.begin(shared.batch_steps());
@@ -54,18 +70,9 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
       if constexpr (keeps) {
         const bool rehearsed = share == Found::rehearsed;
         share = Found::found;
-        if (rehearsed) {
-          if (first_lane()) shared.rehearsal.rehearsed.arrive();
-          ptx::await_earlier_kernels();
-          const bool holds = scheduler.still_holds();
-          // Whether this is the tile that loaders will get.
-          const bool stays = holds && (!found || work.blocks.size() > 0);
-          if (first_lane()) shared.rehearsal.holds = stays;
-          if (!stays) shared.rehearsal.looked_up.wait(0);
-          if (!holds) {
-            share = Found::not_yet;
-            continue;
-          }
+        if (rehearsed && !end_rehearsal(scheduler, shared, found, work)) {
+          share = Found::not_yet;
+          continue;
         }
       }
       if (!found || work.blocks.size() > 0) break;
