@@ -134,7 +134,9 @@ def flash_attn_func(
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
-        learnable_sink=_sink(learnable_sink, sinks, s_aux),
+        learnable_sink=learnable_sink,
+        sinks=sinks,
+        s_aux=s_aux,
         cp_world_size=cp_world_size,
         cp_rank=cp_rank,
         cp_tot_seqused_k=cp_tot_seqused_k,
@@ -224,6 +226,7 @@ def flash_attn_varlen_func(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         page_table=page_table,
+        block_table=block_table,
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
@@ -232,7 +235,9 @@ def flash_attn_varlen_func(
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
-        learnable_sink=_sink(learnable_sink, sinks, s_aux),
+        learnable_sink=learnable_sink,
+        sinks=sinks,
+        s_aux=s_aux,
         cp_world_size=cp_world_size,
         cp_rank=cp_rank,
         cp_tot_seqused_k=cp_tot_seqused_k,
@@ -341,6 +346,7 @@ def flash_attn_with_kvcache(
         seqused_k=cache_seqlens,
         max_seqlen_q=max_seqlen_q,
         page_table=_page_table(page_table, block_table),
+        block_table=block_table,
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
         k_new=None if k is None else contiguous_rows("k", k),
@@ -358,7 +364,9 @@ def flash_attn_with_kvcache(
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
-        learnable_sink=_sink(learnable_sink, sinks, s_aux),
+        learnable_sink=learnable_sink,
+        sinks=sinks,
+        s_aux=s_aux,
         cp_world_size=cp_world_size,
         cp_rank=cp_rank,
         cp_tot_seqused_k=cp_tot_seqused_k,
@@ -440,7 +448,9 @@ def flash_attn_qkvpacked_func(
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
-        learnable_sink=_sink(learnable_sink, sinks, s_aux),
+        learnable_sink=learnable_sink,
+        sinks=sinks,
+        s_aux=s_aux,
         cp_world_size=cp_world_size,
         cp_rank=cp_rank,
         cp_tot_seqused_k=cp_tot_seqused_k,
@@ -573,7 +583,9 @@ def get_scheduler_metadata(
     used = one_of(cache_seqlens=cache_seqlens, seqused_k=seqused_k)
     if used is not None and (not isinstance(used, Tensor) or used.dim() == 0):
         device = next((tensor.device for tensor in neighbours.values()), None)
-        used = same_length("cache_seqlens", used, min(max(batch, 0), 2**31 - 1), device)
+        used = same_length(
+            "cache_seqlens" if seqused_k is None else "seqused_k", used, min(max(batch, 0), 2**31 - 1), device
+        )
     left, right = window(window_size)
     call = SchedulerMetadataCall(
         batch_size=batch,
@@ -607,7 +619,12 @@ def get_scheduler_metadata(
         cp_tot_seqused_k=cp_tot_seqused_k,
         batch_invariant=boolean("batch_invariant", batch_invariant),
     )
-    return run_scheduler_metadata(call, out)
+    try:
+        return run_scheduler_metadata(call, out)
+    except (TypeError, ValueError) as error:
+        if seqused_k is None:
+            raise
+        raise _by_given_names(error, seqused_k=seqused_k) from None
 
 
 def _attention(
@@ -627,6 +644,8 @@ def _attention(
     k_descale: Tensor | None,
     v_descale: Tensor | None,
     learnable_sink: Tensor | None,
+    sinks: Tensor | None,
+    s_aux: Tensor | None,
     cp_world_size: Index,
     cp_rank: Index,
     cp_tot_seqused_k: Tensor | None,
@@ -643,6 +662,7 @@ def _attention(
     max_seqlen_q: Index | None = None,
     max_seqlen_k: Index | None = None,
     page_table: Tensor | None = None,
+    block_table: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
     k_new: Tensor | None = None,
@@ -653,7 +673,11 @@ def _attention(
     rotary_seqlens: Tensor | None = None,
     rotary_interleaved: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What all the functions of attention come to. k and v are the cache, or the keys and values themselves."""
+    """What all the functions of attention come to. k and v are the cache, or the keys and values themselves; page_table
+    is block_table where that was given.
+    """
+    if sinks is not None or s_aux is not None:
+        learnable_sink = one_of(learnable_sink=learnable_sink, sinks=sinks, s_aux=s_aux)
     if out is not None:
         check_tensor("out", out)
     left, right = window(window_size)
@@ -699,8 +723,30 @@ def _attention(
         scheduler_metadata,
         boolean("batch_invariant", batch_invariant),
     )
-    out, lse = run_attention(function, AttentionCall._make(fields), out, bool(return_lse))
+    try:
+        out, lse = run_attention(function, AttentionCall._make(fields), out, bool(return_lse))
+    except (TypeError, ValueError) as error:
+        if sinks is None and s_aux is None and block_table is None:
+            raise
+        raise _by_given_names(error, sinks=sinks, s_aux=s_aux, block_table=block_table) from None
     return out if lse is None else (out, lse)
+
+
+_ALIASES = {
+    "sinks": "learnable_sink",
+    "s_aux": "learnable_sink",
+    "block_table": "page_table",
+    "seqused_k": "cache_seqlens",
+}
+
+
+def _by_given_names(error: Exception, **aliases: object) -> Exception:
+    """The error with the names under which arguments were given."""
+    message = str(error)
+    for alias, value in aliases.items():
+        if value is not None:
+            message = message.replace(_ALIASES[alias], alias)
+    return type(error)(message)
 
 
 def _batch_size(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
@@ -709,13 +755,6 @@ def _batch_size(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
         return q.shape[0] if q.dim() else 0
     check_tensor("cu_seqlens_q", cu_seqlens_q)
     return max(0, cu_seqlens_q.numel() - 1)
-
-
-def _sink(learnable_sink: Tensor | None, sinks: Tensor | None, s_aux: Tensor | None) -> Tensor | None:
-    if sinks is None and s_aux is None:
-        return learnable_sink
-    sink: Tensor | None = one_of(learnable_sink=learnable_sink, sinks=sinks, s_aux=s_aux)
-    return sink
 
 
 def _page_table(page_table: Tensor | None, block_table: Tensor | None) -> Tensor | None:

@@ -430,10 +430,16 @@ def wrong_values() -> list[Case]:
         cases.append((packed, {"softcap": value}, ValueError, "softcap"))
     return [
         *cases,
+        (func, {"sinks": f32(H + 1)}, ValueError, "sinks must have shape"),
+        (kvcache, {"s_aux": int32(0)}, TypeError, "s_aux must be"),
+        (varlen_paged, {"page_table": MISSING, "block_table": f32(2, 2)}, TypeError, "block_table must be int32"),
+        (paged, {"page_table": MISSING, "block_table": f32(2, 2)}, TypeError, "block_table must be int32"),
         (func, {"softmax_scale": 10**400}, ValueError, "softmax_scale"),
         (packed, {"num_heads_q": H + 1}, ValueError, "num_heads_q"),
         (packed_grouped, {"num_heads_q": 2}, ValueError, "num_heads_q must be a multiple"),
         (plan, {"num_heads_kv": 3}, ValueError, "num_heads_q must be a multiple of num_heads_kv = 3"),
+        (plan, {"cache_seqlens": MISSING, "seqused_k": int32(1, 2, 3)}, ValueError, "seqused_k must have shape"),
+        (plan, {"cache_seqlens": MISSING, "seqused_k": -1}, ValueError, "seqused_k must be from 0"),
         (func, {"num_splits": 257}, ValueError, "num_splits"),
         (varlen, {"num_splits": 1000}, ValueError, "num_splits"),
         (kvcache, {"num_splits": 257}, ValueError, "num_splits"),
