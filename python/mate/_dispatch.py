@@ -114,7 +114,7 @@ def _check_forward_mode(function: str, call: Sequence[object]) -> None:
 def _check_functional_grad(function: str, call: Sequence[object]) -> None:
     for value in call:
         if isinstance(value, Tensor) and torch._C._functorch.is_gradtrackingtensor(value):
-            raise NotImplementedError(f"{function} has no backward: MATE computes the forward pass only")
+            _operators.raise_no_backward(function, (), ())
 
 
 def _check_writable(out: Tensor, inputs: Sequence[Tensor]) -> None:

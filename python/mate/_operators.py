@@ -61,12 +61,12 @@ def _define(
 # takes the gradients of the results, without which a compiler could run it ahead.
 
 
-def _raise_no_backward(function: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
+def raise_no_backward(function: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
     raise NotImplementedError(f"{function} has no backward: MATE computes the forward pass only")
 
 
 _operators.define("no_backward(str function, Tensor?[] grads, Tensor[] inputs) -> Tensor[]")
-_operators.impl("no_backward", _raise_no_backward, "CompositeExplicitAutograd")
+_operators.impl("no_backward", raise_no_backward, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "mate::no_backward", lambda function, grads, inputs: [torch.empty_like(x) for x in inputs], lib=_operators
 )
@@ -97,7 +97,7 @@ class _NoBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _raise_no_backward(ctx.function, grads, ())
+        return raise_no_backward(ctx.function, grads, ())
 
 
 def without_backward(function: str, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

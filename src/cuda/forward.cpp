@@ -213,8 +213,8 @@ bool gains_by_sharing(const Problem& p, int multiprocessors) {
 bool shares_keys(const Problem& p, int multiprocessors) {
   if (has_few_rows(p)) return true;
   if (p.num_splits != 0) return p.num_splits > 1;
-  // The ones need the matrix units, the others memory: even shares of both at once, side by side, take less time than
-  // one after the other.
+  // Prompts need the matrix units, decoded tokens memory: even shares of both at once, side by side, take less time
+  // than one after the other.
   if (is_mixed(p)) return has_long_keys(p);
   return gains_by_sharing(p, multiprocessors);
 }

@@ -221,7 +221,7 @@ class ForwardLoader {
         gather_.template copy<variant.tile_rows(), padded>(part, head_dim, [&](int row, int) -> const QueryBits* {
           const RowPlace place = place_of(a_, work, row);
           if (place.query >= work.used) return nullptr;
-          return row_of<QueryBits>(rows, slot, static_cast<long long>(work.place.first_q) + place.query, place.head);
+          return row_of<QueryBits>(rows, slot, row_in_tensor(work, place), place.head);
         });
       };
       gather.template operator()<variant.head_dim>(tile, p.q, p.head_dim);

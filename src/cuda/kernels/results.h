@@ -44,7 +44,7 @@ class ResultWriter {
     for (int i = 0; i < rows_of_thread; ++i) {
       const RowPlace place = place_of(a_, work, group() * 64 + accumulator_row(i));
       const bool exists = place.query < work.capacity;
-      const long long row = static_cast<long long>(work.place.first_q) + place.query;
+      const long long row = row_in_tensor(work, place);
       float share;
       float lse = softmax.finish(i, sink_of(p, place.head), share);
       if (place.query >= work.used) {
@@ -163,7 +163,7 @@ class ResultWriter {
         [&](int i, int part, int column) { return read(part, row(i), column); },
         [&](int i, PartWeight all) {
           const RowPlace place = place_of(a_, work, row(i));
-          const long long row_of_out = static_cast<long long>(work.place.first_q) + place.query;
+          const long long row_of_out = row_in_tensor(work, place);
           MergedRow merged;
           const float lse = finish_softmax(all.max, all.sum, sink_of(p, place.head), merged.share);
           if (p.lse.data != nullptr) p.lse.at(slot, place.head, row_of_out) = lse;
@@ -175,7 +175,7 @@ class ResultWriter {
 #pragma unroll 1
     for (int i = max(end, first_row()) + warp; i < existing; i += warps) {
       const RowPlace place = place_of(a_, work, i);
-      clear_row(p, slot, static_cast<long long>(work.place.first_q) + place.query, place.head, -infinity());
+      clear_row(p, slot, row_in_tensor(work, place), place.head, -infinity());
     }
   }
 
@@ -229,7 +229,7 @@ class ResultWriter {
     for (int row = first_row() + thread() / 32; row < first_row() + rows; row += warps) {
       const RowPlace place = place_of(a_, work, row);
       if (place.query >= work.capacity) return;
-      const long long out_row = static_cast<long long>(work.place.first_q) + place.query;
+      const long long out_row = row_in_tensor(work, place);
       if (place.query >= work.used) {
         clear_row(p, slot, out_row, place.head, -infinity());
         continue;

@@ -20,6 +20,11 @@ __device__ inline RowPlace place_of(const ForwardArguments& a, const TileWork& w
   return {row < a.tile_rows ? work.first_query + query : max_length, work.unit * a.pack + packed - query * a.pack};
 }
 
+/// Where it stands in q and out: in their slot of the sequence.
+__device__ inline long long row_in_tensor(const TileWork& work, const RowPlace& place) {
+  return static_cast<long long>(work.place.first_q) + place.query;
+}
+
 /// The sink of a query head, -inf where there is none.
 __device__ inline float sink_of(const Problem& p, int head) {
   return p.sink.given() ? widen(p.sink.at(head), p.sink.type) : -infinity();
@@ -42,7 +47,7 @@ __device__ inline void clear_tile(const ForwardArguments& a, const TileWork& wor
     ptx::forget_shared_memory();
     const RowPlace place = place_of(a, work, row);
     if (place.query >= work.capacity) return;
-    clear_row(p, p.query_slot(work.sequence), static_cast<long long>(work.place.first_q) + place.query, place.head,
+    clear_row(p, p.query_slot(work.sequence), row_in_tensor(work, place), place.head,
               place.query < work.used ? sink_of(p, place.head) : -infinity());
   }
 }
