@@ -248,6 +248,28 @@ bool has_large_scores(const Problem& p) {
   return scales_of(p).exponent * largest_score > largest_exact;
 }
 
+/// Where prompts and decoded tokens of one call are served by two launches, the query rows that a decoded sequence has
+/// at most; else 0.
+int rows_of_short(const Problem& p, int multiprocessors) {
+  constexpr int least_blocks = 64;  // of keys, for each multiprocessor: two launches begin later than one
+  const bool may_be = p.num_splits == 0 && !p.batch_invariant && !p.qv.given() && !p.queries.seqused.given() &&
+                      !p.keys.cu_seqlens.given();
+  if (!may_be || !is_mixed(p) || !has_long_keys(p)) return 0;
+  if (divide_up(most_keys(p), 128) * p.batch * p.heads_k < std::int64_t{least_blocks} * multiprocessors) return 0;
+  const TensorTypes types{p.q.type, p.k.type, p.out.type};
+  if (types.all_e4m3() && has_large_scores(p)) return 0;
+  const int packed = p.pack_gqa == 0 ? 1 : p.group();
+  return stream_rows_for(types, p.head_dim, p.head_dim_v, packed) / packed;
+}
+
+/// Whether long sequences that are served beside short ones are served tile by tile, head after head, so that the L2
+/// cache holds their keys whatever is decoded meanwhile: where there are tiles enough to keep about half of the
+/// multiprocessors busy.
+bool takes_whole_tiles(const Problem& p, int multiprocessors) {
+  const std::int64_t packed_rows = std::int64_t{p.queries.rows} * p.group();
+  return divide_up(packed_rows, 128) * p.heads_k >= multiprocessors;
+}
+
 VariantChoice choose(const Problem& p, int multiprocessors) {
   constexpr int few_keys = 1024;
   VariantChoice choice{p.head_dim, p.head_dim_v, {p.q.type, p.k.type, p.out.type}, scores_of(p)};
@@ -295,44 +317,65 @@ KernelFamily& forward_kernels() {
   return kernels;
 }
 
+KernelFamily& division_kernels() {
+  static KernelFamily kernels;
+  return kernels;
+}
+
 KernelFamily& scheduler_metadata_kernels() {
   static KernelFamily kernels;
   return kernels;
 }
 
-}  // namespace
+int workers_of(const Problem& p, const Device& gpu) { return std::max(1, gpu.multiprocessors - p.sm_margin); }
 
-void require_served(const Problem& p, int device_id) {
-  require_hopper(device(device_id));
-  for (const ElementType type : {p.q.type, p.k.type}) {
-    if (type == ElementType::float32) fail(ErrorKind::not_implemented, "float32 is served on the CPU only");
-  }
+/// A launch of the kernel that says how many multiprocessors are to serve long sequences.
+struct PreparedDivision {
+  Kernel kernel;
+  Launch shape;
+  Problem problem;
+  int short_rows;
+  int workers;
+  bool whole_tiles;
+  int* long_workers;  ///< where it says so
+
+  void launch() const { cuda::launch(kernel, shape, problem, short_rows, workers, whole_tiles, long_workers); }
+};
+
+PreparedDivision prepare_division(const Problem& p, const Device& gpu, CUstream queue, Scratch& scratch,
+                                  int short_rows) {
+  const int workers = workers_of(p, gpu);
+  return {.kernel = division_kernels().load(gpu, 0, division_source),
+          .shape = {.grid = {}, .block = {32}, .stream = queue},
+          .problem = p,
+          .short_rows = short_rows,
+          .workers = workers,
+          .whole_tiles = takes_whole_tiles(p, workers),
+          .long_workers = scratch.take<int>(1)};
 }
 
-void forward(const Problem& problem, int device_id, void* stream, const Allocate& allocate) {
-  if (problem.batch == 0 && !problem.ragged_queries()) return;
-  const Device& gpu = device(device_id);
-  const CurrentContext context(gpu);
-  const auto queue = static_cast<CUstream>(stream);
-  Scratch scratch(allocate, device_id, queue);
-  Problem p = problem;
-  // Nothing is written before all that may fail has been prepared.
-  std::optional<Append> append;
-  if (p.keys.appends && p.batch > 0) append.emplace(p, gpu, queue, scratch);
-  if (p.queries.rows == 0 || p.heads_q == 0) {
-    if (append) append->launch();
-    return;
-  }
-  const int multiprocessors = std::max(1, gpu.multiprocessors - p.sm_margin);
+/// A launch of the kernel for some sequences of a call, or for all.
+struct PreparedForward {
+  Kernel kernel;
+  Launch shape;
+  ForwardArguments arguments;
 
+  void launch() const { cuda::launch(kernel, shape, arguments); }
+};
+
+PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scratch& scratch,
+                        const ServedSequences& served) {
+  const int multiprocessors = workers_of(p, gpu);
   ForwardArguments arguments;
   arguments.problem = p;
+  arguments.served = served;
   Alignment inputs;
   inputs.add(p.q, p.query_slots(), p.queries.rows, p.heads_q);
   if (p.qv.given()) inputs.add(p.qv, p.query_slots(), p.queries.rows, p.heads_q);
   inputs.add(p.k, p.keys.slots, p.keys.rows, p.heads_k);
   inputs.add(p.v, p.keys.slots, p.keys.rows, p.heads_k);
   VariantChoice choice = choose(p, multiprocessors);
+  if (served.which == Sequences::long_ones) choice.splits = !takes_whole_tiles(p, multiprocessors);
   ForwardVariant variant;
   const auto settle = [&](bool gather) {
     choice.gather = gather;
@@ -362,7 +405,7 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
           " rows, got ", tiles);
   int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, multiprocessors));
   if (variant.splits) {
-    blocks = std::min(multiprocessors, counters_of_launch / variant.row_groups());
+    blocks = std::min(multiprocessors, counters_of_launch / 2 / variant.row_groups());
     arguments.cut = choose_cut(p);
     arguments.team = choose_team(p, variant, arguments.pack, blocks);
     blocks -= blocks % arguments.team;
@@ -373,11 +416,53 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
     arguments.carried_sums = scratch.take<float>(std::int64_t{blocks} * variant.carried_sums());
   }
   const Kernel kernel = forward_kernels().load(gpu, key_of(variant), [&] { return source_of(variant); });
-  arguments.counters = counters(queue);
-  const Launch shape{
-      .grid = {static_cast<unsigned>(blocks)}, .block = {static_cast<unsigned>(variant.threads())}, .stream = queue};
+  arguments.counters = counters(queue) + (served.which == Sequences::short_ones ? counters_of_launch / 2 : 0);
+  return {
+      kernel,
+      {.grid = {static_cast<unsigned>(blocks)}, .block = {static_cast<unsigned>(variant.threads())}, .stream = queue},
+      arguments};
+}
+
+}  // namespace
+
+void require_served(const Problem& p, int device_id) {
+  require_hopper(device(device_id));
+  for (const ElementType type : {p.q.type, p.k.type}) {
+    if (type == ElementType::float32) fail(ErrorKind::not_implemented, "float32 is served on the CPU only");
+  }
+}
+
+void forward(const Problem& problem, int device_id, void* stream, const Allocate& allocate) {
+  if (problem.batch == 0 && !problem.ragged_queries()) return;
+  const Device& gpu = device(device_id);
+  const CurrentContext context(gpu);
+  const auto queue = static_cast<CUstream>(stream);
+  Scratch scratch(allocate, device_id, queue);
+  Problem p = problem;
+  // Nothing is written before all that may fail has been prepared.
+  std::optional<Append> append;
+  if (p.keys.appends && p.batch > 0) append.emplace(p, gpu, queue, scratch);
+  if (p.queries.rows == 0 || p.heads_q == 0) {
+    if (append) append->launch();
+    return;
+  }
+  const int short_rows = rows_of_short(p, workers_of(p, gpu));
+  if (short_rows == 0) {
+    const PreparedForward all = prepare(p, gpu, queue, scratch, {});
+    if (append) append->launch();
+    all.launch();
+    return;
+  }
+  const PreparedDivision division = prepare_division(p, gpu, queue, scratch, short_rows);
+  ServedSequences served{Sequences::long_ones, short_rows, division.long_workers};
+  const PreparedForward of_long = prepare(p, gpu, queue, scratch, served);
+  served.which = Sequences::short_ones;
+  p.max_seqlen_q = short_rows;
+  const PreparedForward of_short = prepare(p, gpu, queue, scratch, served);
   if (append) append->launch();
-  launch(kernel, shape, arguments);
+  division.launch();
+  of_long.launch();
+  of_short.launch();
 }
 
 void scheduler_metadata(const Problem& p, int device_id, void* stream, int* out, std::int64_t stride) {

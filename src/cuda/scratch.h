@@ -24,7 +24,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int most_pieces = 4;
+  static constexpr int most_pieces = 6;
 
   void* take_bytes(std::int64_t bytes);
 

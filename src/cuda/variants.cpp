@@ -306,6 +306,16 @@ KernelSource combine_source() {
   return source;
 }
 
+KernelSource division_source() {
+  KernelSource source;
+  source.name = "divide_workers";
+  source.text = join(
+      "#include \"side_by_side.h\"\n\nextern \"C\" __global__ void ", source.name,
+      "(const __grid_constant__ mate::Problem problem, int short_rows, int workers, bool whole_tiles, int* out) {\n",
+      "  mate::cuda::divide_workers(problem, short_rows, workers, whole_tiles, out);\n}\n");
+  return source;
+}
+
 std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const TensorTypes& types, bool softcap, bool qv) {
   std::vector<KernelSource> sources;
   std::set<std::string> names;
@@ -326,6 +336,7 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
     }
   }
   for (const ElementType added : {types.query, types.key}) add(append_source({types.query, added, types.key}));
+  add(division_source());
   add(combine_source());
   return sources;
 }

@@ -43,5 +43,6 @@ KernelSource scheduler_metadata_source(int block_keys);
 /// Of the kernel that appends to a cache of keys and values, and of that which merges partial results.
 KernelSource append_source(const AppendTypes& types);
 KernelSource combine_source();
+KernelSource division_source();
 
 }  // namespace mate::cuda

@@ -123,8 +123,8 @@ def mixed(kind: Kind) -> Call:
         if name in arguments:
             shape = (int(ends[-1]), *arguments[name].shape[2:])
             arguments[name] = torch.randn(shape, generator=numbers).to(kind.dtype)
-    # With room for so many keys that they are shared out.
-    arguments["page_table"] = torch.randint(50, (len(counts), 100), generator=numbers, dtype=torch.int32)
+    # With room for so many keys that both may be served side by side.
+    arguments["page_table"] = torch.randint(50, (len(counts), 50_000), generator=numbers, dtype=torch.int32)
     arguments["cache_seqlens"] = torch.tensor([390, 200, 5, 17, 100, 64], dtype=torch.int32)
     return Call(call.function, {**arguments, "cu_seqlens_q": ends, "max_seqlen_q": 150})
 

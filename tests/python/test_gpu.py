@@ -3,6 +3,7 @@ size, and nothing out of bounds whatever the tensors hold. `make test-gpu` runs 
 the device."""
 
 import copy
+import functools
 import random
 import subprocess
 import sys
@@ -80,15 +81,24 @@ def appending(make: Callable[..., Call] = paged, rows: int = 3, **options: Any) 
     return make((400, 64, 129, 0), rows, **new, **rotary, **options)
 
 
-def mixed(counts: tuple, make: Callable[..., Call] = paged, capacity: int = 2000, **options: Any) -> Call:
-    """Some sequences are read and others decoded: so many queries of each."""
+def mixed(
+    counts: tuple, make: Callable[..., Call] = paged, capacity: int = 2000, spare_pages: int = 0, **options: Any
+) -> Call:
+    """Some sequences are read and others decoded: so many queries of each. The page table has room for more pages."""
     call = make(tuple(random.randrange(count, capacity) for count in counts), capacity=capacity, **options)
     ragged_queries = {
         "q": randn(sum(counts), 8, 64),
         "cu_seqlens_q": torch.nn.functional.pad(int32(*counts).cumsum(0, dtype=torch.int32), (1, 0)),
         "max_seqlen_q": max(counts),
     }
+    if spare_pages > 0:
+        call.arguments["page_table"] = torch.nn.functional.pad(call.arguments["page_table"], (0, spare_pages))
     return Call(call.function, {**call.arguments, **ragged_queries})
+
+
+# From so many pages on there may be keys enough for prompts and decoded tokens to be served side by side.
+SPARE_PAGES = 50_000
+side_by_side = functools.partial(mixed, spare_pages=SPARE_PAGES)
 
 
 def latent(lengths: tuple = (500, 64, 129, 0), rows: int = 2, heads: int = 16, **options: Any) -> Call:
@@ -104,7 +114,11 @@ def prompts_and_decoding(**options: Any) -> Call:
     return mixed((300, 1, 129, 0), **options)
 
 
-MAKERS = [normal, ragged, cached, paged, appending, latent, prompts_and_decoding]
+def prompts_beside_decoding(**options: Any) -> Call:
+    return side_by_side((300, 1, 129, 0), **options)
+
+
+MAKERS = [normal, ragged, cached, paged, appending, latent, prompts_and_decoding, prompts_beside_decoding]
 
 
 def capture(call: Call, mate: ModuleType) -> tuple[torch.cuda.CUDAGraph, tuple]:
@@ -170,6 +184,8 @@ extern "C" __global__ void copy_late(int* to, const int* from, int count) {
         (paged, (50, 399) * 20),
         (mixed, (1, 150, 1, 1)),
         (mixed, (300, *[1] * 39)),
+        (side_by_side, (1, 150, 1, 1)),
+        (side_by_side, (2200, *[1] * 39)),
     ],
 )
 def test_what_the_kernel_before_writes_late(
@@ -360,6 +376,32 @@ def test_prompts_and_decoding_in_one_call(
     """
     random.seed(seed)
     check(mixed(tuple(counts), make, capacity, sm_margin=margin), mate)
+
+
+@pytest.mark.parametrize("margin", [0, 100, 131])
+@pytest.mark.parametrize("page_size", [16, 1])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        (300, *[1] * 9),
+        (2, 1, 150, 0, 1, 17, 400, 1, 3, 0, 1, 16, 1),
+        (1, 2200, *[2] * 40, 129, 1),  # tiles enough to be left whole
+        (900, 1300, 1, 2100, 1),
+        (400, 30, 500),  # nothing is decoded
+    ],
+)
+def test_prompts_beside_decoding(
+    mate: ModuleType, device: str, seed: int, counts: tuple, page_size: int, margin: int
+) -> None:
+    """Two launches side by side, each on its share of the multiprocessors."""
+    random.seed(seed)
+    check(side_by_side(counts, page_size=page_size, capacity=2304, sm_margin=margin), mate)
+
+
+def test_nothing_is_read_where_a_prompt_was_expected(mate: ModuleType, device: str) -> None:
+    call = side_by_side((1, 2, 1, 1, 2))
+    call.arguments["max_seqlen_q"] = 400
+    check(call, mate)
 
 
 @pytest.mark.parametrize("heads", [1, 16, 48, 128])

@@ -260,11 +260,11 @@ __device__ void run(const ForwardArguments& a) {
     }
     shared.init();
   }
-  ptx::let_next_kernel_begin();
+  let_next_begin_at_once(a);
   __syncthreads();
   if constexpr (variant.splits) {
     if (counts_together(a.problem)) {  // once lengths are what they will be: nothing of them is kept
-      ptx::await_earlier_kernels();
+      await_inputs(a);
       count_together<variant>(a, shared.batch_steps());
       __syncthreads();
     }
@@ -275,7 +275,7 @@ __device__ void run(const ForwardArguments& a) {
     if (variant.prepares() && variant.producer_warpgroups() > 1 && warp >= 4) {
       // A branch of its own, so that the assembler knows how many registers each role has.
       ptx::give_up_registers<variant.other_producer_registers()>();
-      ptx::await_earlier_kernels();
+      await_inputs(a);
       if constexpr (variant.prepares()) Preparer<variant>(a, shared).run();
     } else {
       if constexpr (variant.moves_registers()) ptx::give_up_registers<variant.producer_registers()>();
@@ -286,7 +286,7 @@ __device__ void run(const ForwardArguments& a) {
           schedule<variant, TileScheduler<variant>>(a, shared);
         }
       } else {
-        ptx::await_earlier_kernels();
+        await_inputs(a);
         if (threadIdx.x == 96) shared.readable.arrive();
         if (warp <= variant.loader_warps()) {
           ForwardLoader<variant>(a, shared).run();
@@ -297,10 +297,13 @@ __device__ void run(const ForwardArguments& a) {
     }
   } else {
     if constexpr (variant.moves_registers()) ptx::take_registers<variant.consumer_registers()>();
-    ptx::await_earlier_kernels();
+    await_inputs(a);
     ConsumerOfVariant(a, shared, consumer).run();
   }
-  if (threadIdx.x < 32) clear_rows_of_no_tile<variant>(a);  // the scheduler, which is done first
+  if (threadIdx.x < 32 && a.served.which != Sequences::short_ones) {
+    clear_rows_of_no_tile<variant>(a);  // the scheduler, which is done first
+  }
+  await_other(a);
 }
 
 }  // namespace mate::cuda

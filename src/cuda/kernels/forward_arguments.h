@@ -15,6 +15,18 @@ struct PartialResults {
   int slots_of_tile = 0;  ///< where each tile has its own, since it is cut into parts of its own
 };
 
+/// Which sequences of a call a launch serves. Where prompts are read and tokens decoded in one call, the ones need the
+/// matrix units and the others memory: two launches of kernels made for either then run side by side, each on its share
+/// of the multiprocessors. That of the long sequences comes first, and lets the other begin when what both read is
+/// there; the other ends last.
+enum class Sequences { all, long_ones, short_ones };
+
+struct ServedSequences {
+  Sequences which = Sequences::all;
+  int short_rows = 0;                 ///< query rows that a short one has at most
+  const int* long_workers = nullptr;  ///< how many blocks of threads serve the long ones
+};
+
 struct ForwardArguments {
   TensorMap q;  ///< (d, pack, rows, head units, slots), in boxes of a tile's rows; the maps are of no use to a gather
   TensorMap k;  ///< (d, heads, rows, slots), in boxes of `box_keys` keys
@@ -36,6 +48,7 @@ struct ForwardArguments {
   int* counters = nullptr;        ///< 0 before and after: of tiles taken, or of the parts of tiles that are done
 
   // Where the keys of tiles are shared out.
+  ServedSequences served;
   Cut cut;
   int team = 1;  ///< blocks of threads that take tiles of the same keys at the same time
   PartialResults parts;

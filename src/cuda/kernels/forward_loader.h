@@ -12,7 +12,11 @@ template <ForwardVariant variant>
 class ForwardLoader {
  public:
   __device__ ForwardLoader(const ForwardArguments& arguments, ForwardShared<variant>& shared)
-      : a_(arguments), shared_(shared), gather_(threadIdx.x - 32, arguments.copy_bytes), finder_(arguments, gather_) {}
+      : a_(arguments),
+        shared_(shared),
+        gather_(threadIdx.x - 32, arguments.copy_bytes),
+        finder_(arguments, gather_),
+        policy_(ptx::policy_of(arguments.served.which == Sequences::short_ones)) {}
 
   __device__ void run() {
     Ahead ahead;
@@ -172,18 +176,20 @@ class ForwardLoader {
     }
   }
 
-  /// Whether keys and values of a tile are read for no other. Where some sequences have many tiles, whose keys the L2
-  /// cache should hold, those of others had better not drive them out.
-  __device__ bool reads_once(const TileWork& work) const {
-    return variant.splits && !variant.one_tile() && work.capacity * a_.pack <= a_.tile_rows;
+  /// Where some sequences have many tiles, whose keys the L2 cache should hold, those of others, which are read for one
+  /// tile, had better not drive them out.
+  __device__ ptx::CachePolicy policy_of(const TileWork& work) const {
+    if constexpr (!variant.splits) return {};
+    if constexpr (variant.one_tile()) return policy_;
+    return ptx::policy_of(work.capacity * a_.pack <= a_.tile_rows);
   }
 
   /// Has the copy engine fetch rows of keys or values.
   template <int padded>
-  __device__ void fetch_box(bool once, unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int head,
-                            const Places& box) const {
-    if (variant.splits && !variant.one_tile() && once) {
-      load_tile_once<variant.block_keys, key_bytes>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
+  __device__ void fetch_box(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier,
+                            int head, const Places& box) const {
+    if constexpr (variant.splits) {
+      load_tile<variant.block_keys, key_bytes>(tile, padded, map, barrier, policy, head, box.row[0], box.slot[0]);
     } else {
       load_tile<variant.block_keys, key_bytes>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
     }
@@ -191,12 +197,12 @@ class ForwardLoader {
 
   /// Starts fetching a block of rows, which makes up `bytes`.
   template <int padded>
-  __device__ void fetch(bool once, unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier, int bytes,
-                        int head, const Places& box) {
+  __device__ void fetch(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier,
+                        int bytes, int head, const Places& box) {
     if (!a_.problem.keys.paged()) {
       if (first_lane()) {
         barrier.arrive_expecting(bytes);
-        fetch_box<padded>(once, tile, map, barrier, head, box);
+        fetch_box<padded>(policy, tile, map, barrier, head, box);
       }
       return;
     }
@@ -204,7 +210,7 @@ class ForwardLoader {
     __syncwarp();
     const int lane = threadIdx.x % 32;
     if (lane < a_.boxes) {
-      fetch_box<padded>(once, tile + lane * a_.box_keys * chunk_row_bytes, map, barrier, head, box);
+      fetch_box<padded>(policy, tile + lane * a_.box_keys * chunk_row_bytes, map, barrier, head, box);
     }
   }
 
@@ -245,7 +251,7 @@ class ForwardLoader {
     if constexpr (variant.gather) {
       gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
     } else {
-      fetch<variant.head_dim>(reads_once(work), tile, a_.k, full, k_bytes, work.head_k, places);
+      fetch<variant.head_dim>(policy_of(work), tile, a_.k, full, k_bytes, work.head_k, places);
     }
   }
 
@@ -258,7 +264,7 @@ class ForwardLoader {
       gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile, full);
     } else {
       const bool clears = !variant.prepares() && !variant.stream() && fetches_unseen(work, n);
-      fetch<variant.head_dim_v>(reads_once(work), tile, a_.v, clears ? shared_.v_fetched : full, v_bytes, work.head_k,
+      fetch<variant.head_dim_v>(policy_of(work), tile, a_.v, clears ? shared_.v_fetched : full, v_bytes, work.head_k,
                                 places);
       if (clears) clear_fetched(work, n, tile, full);
     }
@@ -315,6 +321,7 @@ class ForwardLoader {
   ForwardShared<variant>& shared_;
   Gather gather_;
   Finder finder_;
+  ptx::CachePolicy policy_;  ///< of keys and values, where all tiles' are alike
   RingPlace<ForwardShared<variant>::work_stages> work_;
   Place next_;  ///< of the blocks that this warp fetches: where it fetches both, of the keys
   unsigned v_fetched_parity_ = 0;

@@ -23,14 +23,14 @@ __device__ inline void load_tile(unsigned char* tile, int head_dim, const Tensor
   }
 }
 
-/// The same of a tile that is read once.
-template <int rows, int element_bytes, typename... Coordinates>
-__device__ inline void load_tile_once(unsigned char* tile, int head_dim, const TensorMap& map, ptx::Mbarrier& barrier,
-                                      Coordinates... coordinates) {
+/// The same of keys or values.
+template <int rows, int element_bytes>
+__device__ inline void load_tile(unsigned char* tile, int head_dim, const TensorMap& map, ptx::Mbarrier& barrier,
+                                 ptx::CachePolicy policy, int head, int row, int slot) {
 #pragma unroll
   for (int chunk = 0; chunk < chunks_of(head_dim, element_bytes); ++chunk) {
-    ptx::load_box_once(tile + chunk * rows * chunk_row_bytes, map, barrier, chunk * (chunk_row_bytes / element_bytes),
-                       coordinates...);
+    ptx::load_box(tile + chunk * rows * chunk_row_bytes, map, barrier, policy,
+                  chunk * (chunk_row_bytes / element_bytes), head, row, slot);
   }
 }
 

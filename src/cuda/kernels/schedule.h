@@ -2,7 +2,7 @@
 #pragma once
 
 #include "forward_shared.h"
-#include "ptx/launch.h"
+#include "side_by_side.h"
 #include "tile_rows.h"
 
 namespace mate::cuda {
@@ -31,26 +31,27 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
   Found share = Found::not_yet;
   Scheduler scheduler(a);
   if constexpr (variant.splits) {
-    const bool early = !counts_together(a.problem) && !__all_sync(~0U, shared.readable.is_complete(0));
+    const bool early = a.served.which == Sequences::all && !counts_together(a.problem) &&
+                       !__all_sync(~0U, shared.readable.is_complete(0));
     if constexpr (keeps) {
       if (early) share = Found::rehearsed;
       if (first_lane()) {
         shared.rehearsal.exists = early;
         if (!early) shared.rehearsal.rehearsed.arrive();
       }
-      if (!early) ptx::await_earlier_kernels();
+      if (!early) await_inputs(a);
     } else {
       // The second time lengths are in the cache. Wide kernels that widen have no registers for a first time.
       constexpr bool may_be_early = !(variant.wide && variant.widens());
 #pragma unroll 1
       for (bool once_more = may_be_early && early;; once_more = false) {
-        if (!once_more) ptx::await_earlier_kernels();
+        if (!once_more) await_inputs(a);
         scheduler.begin(shared.batch_steps());
         if (!once_more) break;
       }
     }
   } else {
-    ptx::await_earlier_kernels();
+    await_inputs(a);
   }
   for (RingPlace<ForwardShared<variant>::work_stages> place;; place.advance()) {
     if constexpr (!variant.splits) {

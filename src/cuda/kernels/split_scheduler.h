@@ -2,6 +2,7 @@
 // lengths of the sequences, and takes it piece by piece.
 #pragma once
 
+#include "side_by_side.h"
 #include "tile_work.h"
 #include "warp.h"
 
@@ -59,7 +60,7 @@ class StepCounter : public TileFinder<variant> {
     Count count;
     if (b < problem().batch) {
       count.capacity = query_capacity(problem().queries, b);
-      count.tiles = worker_.tiles_of(this->tiles_of_capacity(count.capacity));
+      if (serves(a_, count.capacity)) count.tiles = worker_.tiles_of(this->tiles_of_capacity(count.capacity));
       count.place = problem().sequence(b);
     }
     if constexpr (variant.one_tile()) {
@@ -203,7 +204,8 @@ class SplitScheduler : StepCounter<variant> {
     }
     steps = steps.reduced();
     steps_of_unit_ = steps.all;
-    shares_ = Shares(steps_of_unit_ * units(), worker_.workers, steps.fewest == steps.most ? steps.fewest : 0);
+    shares_ = Shares(steps_of_unit_ * units(), workers_of_launch(a_, worker_.workers),
+                     steps.fewest == steps.most ? steps.fewest : 0);
     share_ = shares_.of(worker_.number);
     if (share_.begin < share_.end) {
       unit_ = divide(share_.begin, steps_of_unit_);

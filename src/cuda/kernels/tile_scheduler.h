@@ -2,6 +2,7 @@
 // one that nobody has taken, so that blocks which had little to do do more.
 #pragma once
 
+#include "side_by_side.h"
 #include "tile_work.h"
 #include "warp.h"
 
@@ -16,15 +17,16 @@ class TileScheduler : TileFinder<variant> {
   /// Writes the next tile to `work`. Returns whether there was one.
   __device__ bool next(TileWork& work) {
     const bool first = index_ < 0;
+    if (first) workers_ = workers_of_launch(a_, static_cast<int>(gridDim.x));
     index_ = first ? blockIdx.x : take();
-    const int sequence = find_sequence();
+    const int sequence = static_cast<int>(blockIdx.x) < workers_ ? find_sequence() : -1;
     if (threadIdx.x % 32 == 0) {
       work.sequence = sequence;
       if (sequence >= 0) {
         this->locate(work);
         ptx::forget_shared_memory();
         choose_tile(work);
-      } else if (!first && index_ - static_cast<int>(gridDim.x) == tiles_before_ - 1) {
+      } else if (!first && index_ - workers_ == tiles_before_ - 1) {
         // As many are taken as there are tiles, since each is followed by a question for another: this was the last.
         *a_.counters = 0;
       }
@@ -41,7 +43,10 @@ class TileScheduler : TileFinder<variant> {
   using TileFinder<variant>::units;
 
   /// Of all units.
-  __device__ int all_tiles_of(int b) const { return this->tiles_of_sequence(b) * units(); }
+  __device__ int all_tiles_of(int b) const {
+    const int capacity = query_capacity(problem().queries, b);
+    return serves(a_, capacity) ? this->tiles_of_capacity(capacity) * units() : 0;
+  }
 
   /// The sequence of tile index_, whose place in it becomes index_in_sequence_; -1 where there are no more.
   __device__ int find_sequence() {
@@ -71,7 +76,7 @@ class TileScheduler : TileFinder<variant> {
 
   __device__ int take() const {
     int taken = 0;
-    if (threadIdx.x % 32 == 0) taken = static_cast<int>(gridDim.x) + atomicAdd(a_.counters, 1);
+    if (threadIdx.x % 32 == 0) taken = workers_ + atomicAdd(a_.counters, 1);
     return __shfl_sync(~0U, taken, 0);
   }
 
@@ -93,6 +98,7 @@ class TileScheduler : TileFinder<variant> {
     work.tile = tiles - 1 - index / width;
   }
 
+  int workers_ = 0;
   int index_ = -1;
   int first_sequence_ = 0;
   int tiles_before_ = 0;  ///< of all sequences before first_sequence_; at the end, of all

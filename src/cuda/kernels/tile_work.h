@@ -85,8 +85,6 @@ class TileFinder {
   __device__ int units() const { return problem().heads_q / a_.pack; }
 
   /// Of one unit.
-  __device__ int tiles_of_sequence(int b) const { return tiles_of_capacity(query_capacity(problem().queries, b)); }
-
   __device__ int tiles_of_capacity(int rows) const {
     if constexpr (variant.one_tile()) return rows > 0;
     return tiles_of(tiling(), rows);

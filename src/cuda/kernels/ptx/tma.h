@@ -20,14 +20,22 @@ __device__ inline void load_box(void* shared, const TensorMap& map, Mbarrier& ba
       : "memory");
 }
 
-/// The same of what nobody will read again: the L2 cache may forget it first.
-__device__ inline void load_box_once(void* shared, const TensorMap& map, Mbarrier& barrier, int c0, int c1, int c2,
-                                     int c3) {
+/// What the L2 cache does with what is loaded, as createpolicy encodes it: such an instruction for each load takes
+/// time.
+enum class CachePolicy : unsigned long long { evict_normal = 0x1000000000000000, evict_first = 0x12f0000000000000 };
+
+/// It forgets first what nobody will read again.
+__device__ inline CachePolicy policy_of(bool read_once) {
+  return read_once ? CachePolicy::evict_first : CachePolicy::evict_normal;
+}
+
+__device__ inline void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, CachePolicy policy, int c0,
+                                int c1, int c2, int c3) {
   asm volatile(
-      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, "
-      "%5, %6}], [%2], policy;\n}" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "%5, %6}], [%2], %7;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+      "l"(static_cast<unsigned long long>(policy))
       : "memory");
 }
 
