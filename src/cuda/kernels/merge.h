@@ -100,7 +100,7 @@ struct MergedRow {
 template <typename WeightOf, typename Read, typename Finish, typename Store>
 __device__ inline void merge_rows(int count, int parts, int width, const WeightOf& weight_of, const Read& read,
                                   const Finish& finish, const Store& store) {
-  constexpr int rows_at_once = 4;
+  constexpr int lines_at_once = 4;
   constexpr int parts_at_once = 4;
   const int lane = ptx::known_only_here(threadIdx.x % 32);
   PartWeight all{-infinity(), 0};
@@ -117,50 +117,60 @@ __device__ inline void merge_rows(int count, int parts, int width, const WeightO
   MergedRow merged;
   if (lane < count) merged = finish(lane, all);
 
+  // So many columns of a row are a line.
+  constexpr int columns_of_line = 4 * 32;
+  int row = 0;
+  int first_column = count > 0 ? 0 : width;
 #pragma unroll 1
-  for (int column = lane * 4; column - lane * 4 < width; column += 128) {
+  while (first_column < width) {
+    int rows[lines_at_once];
+    int columns[lines_at_once];
+    float total[lines_at_once][4] = {};
+#pragma unroll
+    for (int i = 0; i < lines_at_once; ++i) {
+      rows[i] = row;
+      columns[i] = first_column + lane * 4;
+      if (++row == count) {
+        row = 0;
+        first_column += columns_of_line;
+      }
+    }
 #pragma unroll 1
-    for (int first_row = 0; first_row < count; first_row += rows_at_once) {
-      float total[rows_at_once][4] = {};
-#pragma unroll 1
-      for (int first_part = 0; first_part < parts; first_part += parts_at_once) {
-        float4 loaded[rows_at_once][parts_at_once];
-        float factor[parts_at_once];  // of this lane's row
+    for (int first_part = 0; first_part < parts; first_part += parts_at_once) {
+      float4 loaded[lines_at_once][parts_at_once];
+      float factor[parts_at_once];  // of this lane's row
+#pragma unroll
+      for (int j = 0; j < parts_at_once; ++j) {
+        const int part = first_part + j;
+        factor[j] = -infinity();
+        if (lane < count && part < parts) factor[j] = weight_of(lane, part).max;
+#pragma unroll
+        for (int i = 0; i < lines_at_once; ++i) {
+          loaded[i][j] = {};
+          if (part < parts && columns[i] < width) loaded[i][j] = read(rows[i], part, columns[i]);
+        }
+      }
+#pragma unroll
+      for (float& of_part : factor) of_part = exp2_approximately(of_part - base()) * merged.share;
+#pragma unroll
+      for (int i = 0; i < lines_at_once; ++i) {
 #pragma unroll
         for (int j = 0; j < parts_at_once; ++j) {
-          const int part = first_part + j;
-          factor[j] = -infinity();
-          if (lane < count && part < parts) factor[j] = weight_of(lane, part).max;
+          const float factor_of_part = __shfl_sync(~0U, factor[j], rows[i]);
+          const float values[4] = {loaded[i][j].x, loaded[i][j].y, loaded[i][j].z, loaded[i][j].w};
 #pragma unroll
-          for (int i = 0; i < rows_at_once; ++i) {
-            loaded[i][j] = {};
-            if (first_row + i < count && part < parts && column < width) {
-              loaded[i][j] = read(first_row + i, part, column);
-            }
-          }
-        }
-#pragma unroll
-        for (float& of_part : factor) of_part = exp2_approximately(of_part - base()) * merged.share;
-#pragma unroll
-        for (int i = 0; i < rows_at_once; ++i) {
-#pragma unroll
-          for (int j = 0; j < parts_at_once; ++j) {
-            const float factor_of_part = __shfl_sync(~0U, factor[j], first_row + i);
-            const float values[4] = {loaded[i][j].x, loaded[i][j].y, loaded[i][j].z, loaded[i][j].w};
-#pragma unroll
-            for (int c = 0; c < 4; ++c) total[i][c] = fmaf(factor_of_part, values[c], total[i][c]);
-          }
+          for (int c = 0; c < 4; ++c) total[i][c] = fmaf(factor_of_part, values[c], total[i][c]);
         }
       }
+    }
 #pragma unroll
-      for (int i = 0; i < rows_at_once; ++i) {
-        const float share = __shfl_sync(~0U, merged.share, first_row + i);
-        auto* const out = reinterpret_cast<unsigned short*>(
-            __shfl_sync(~0U, reinterpret_cast<unsigned long long>(merged.out), first_row + i));
+    for (int i = 0; i < lines_at_once; ++i) {
+      const float share = __shfl_sync(~0U, merged.share, rows[i]);
+      auto* const out = reinterpret_cast<unsigned short*>(
+          __shfl_sync(~0U, reinterpret_cast<unsigned long long>(merged.out), rows[i]));
 #pragma unroll
-        for (float& sum : total[i]) sum = share == 0 ? 0 : sum;
-        if (first_row + i < count && column < width) store(out, column, total[i]);
-      }
+      for (float& sum : total[i]) sum = share == 0 ? 0 : sum;
+      if (columns[i] < width) store(out, columns[i], total[i]);
     }
   }
 }
