@@ -17,19 +17,18 @@ CUtensorMapDataType type_of(int element_bytes) {
 }  // namespace
 
 bool encode_tensor_map(TensorMap& map, int element_bytes, const void* data, std::span<const std::uint64_t> dims,
-                       std::span<const std::uint64_t> byte_strides, std::span<const std::uint32_t> box) {
+                       std::span<const std::uint64_t> byte_strides, std::span<const std::uint32_t> box,
+                       CUtensorMapL2promotion promotion) {
   const auto dim_serves = [](std::uint64_t dim) { return dim >= 1 && dim <= std::uint64_t{1} << 32; };
   const auto stride_serves = [](std::uint64_t stride) { return stride % 16 == 0 && stride < std::uint64_t{1} << 40; };
   if (reinterpret_cast<std::uintptr_t>(data) % 16 != 0 || !std::ranges::all_of(dims, dim_serves) ||
       !std::ranges::all_of(byte_strides, stride_serves)) {
     return false;
   }
-  // 128 bytes of a row are copied at a time: with a promotion to 256, decoding over rows of 128 took up to 40 % longer
-  // where the heads beside these were not read at the same time, and over rows of 256 up to 8 %.
   driver().cuTensorMapEncodeTiled(map.bytes, type_of(element_bytes), static_cast<std::uint32_t>(dims.size()),
                                   const_cast<void*>(data), dims.data(), byte_strides.data(), box.data(),
-                                  element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                  element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
+                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return true;
 }
 

@@ -48,8 +48,8 @@ class RandomCall {
     group_ = random_.one_of<std::int64_t>({1, 1, 2, 3, 5});
     long_keys_ = random_.chance(0.3);
     const bool large_head = !long_keys_ && random_.chance(0.1);
-    d_ = random_.integer(1, large_head ? 512 : 40);
-    dv_ = random_.chance(0.5) ? d_ : random_.integer(1, large_head ? 512 : 40);
+    d_ = draw_head_size(large_head);
+    dv_ = random_.chance(0.5) ? d_ : draw_head_size(large_head);
     most_q_ = large_head || long_keys_ ? 3 : random_.one_of<std::int64_t>({1, 4, 30});
     if (mixed_) most_q_ = 30;
     most_k_ = long_keys_ ? 400 : 30;
@@ -59,6 +59,12 @@ class RandomCall {
     const bool quantised_cache = q_type_ == narrow && random_.chance(0.4);
     k_type_ = quantised_cache ? float8_e4m3fn : q_type_;
     out_type_ = q_type_ == float8_e4m3fn ? narrow : q_type_;
+  }
+
+  /// Large ones are multiples of 64 every other time: rows that end where a chunk of them does.
+  std::int64_t draw_head_size(bool large) {
+    if (!large) return random_.integer(1, 40);
+    return random_.chance(0.5) ? 64 * random_.integer(1, 8) : random_.integer(1, 512);
   }
 
   void draw_scores() {

@@ -29,7 +29,7 @@ struct ServedSequences {
 
 struct ForwardArguments {
   TensorMap q;  ///< (d, pack, rows, head units, slots), in boxes of a tile's rows; the maps are of no use to a gather
-  TensorMap k;  ///< (d, heads, rows, slots), in boxes of `box_keys` keys
+  TensorMap k;  ///< (d, heads, rows, slots), in boxes of a chunk of `box_keys` keys, or see whole_keys
   TensorMap v;
   TensorMap qv;  ///< like q, where it is given
   Problem problem;
@@ -38,11 +38,14 @@ struct ForwardArguments {
   float heads_reciprocal = 1;  ///< 1 / pack
   float score_factor =
       1;  ///< multiplies products before they are capped and compared: 1, but for softcap and odd scales
-  float exponent_scale = 1;       ///< multiplies scores to make them exponents of 2; not negative
-  int keys_in_l2 = 0;             ///< keys and values of one head that the L2 cache holds
-  int copy_bytes = 0;             ///< rows that are read one by one are read in pieces of so many bytes
-  int box_keys = 0;               ///< keys that are fetched together: no more than a page has
-  int boxes = 0;                  ///< of a block of keys
+  float exponent_scale = 1;  ///< multiplies scores to make them exponents of 2; not negative
+  int keys_in_l2 = 0;        ///< keys and values of one head that the L2 cache holds
+  int copy_bytes = 0;        ///< rows that are read one by one are read in pieces of so many bytes
+  int box_keys = 0;          ///< keys that are fetched together: no more than a page has
+  int boxes = 0;             ///< of a block of keys
+  // For stream.h: whether boxes are of all chunks: (columns of a chunk, rows, chunks, heads, slots).
+  bool whole_keys = false;
+  bool whole_values = false;
   bool wide_rows = false;         ///< rows of out are aligned to 16 bytes
   float* carried_sums = nullptr;  ///< room for those of each block of threads, if it is needed
   int* counters = nullptr;        ///< 0 before and after: of tiles taken, or of the parts of tiles that are done

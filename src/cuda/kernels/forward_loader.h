@@ -184,11 +184,23 @@ class ForwardLoader {
     return ptx::policy_of(work.capacity * a_.pack <= a_.tile_rows);
   }
 
-  /// Has the copy engine fetch rows of keys or values.
+  /// Has the copy engine fetch rows of keys or values, `whole` ones or chunk by chunk. To stream.h boxes come one after
+  /// another, elsewhere each is a part of the tile's chunks.
   template <int padded>
-  __device__ void fetch_box(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier,
-                            int head, const Places& box) const {
-    if constexpr (variant.splits) {
+  __device__ void fetch_box(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, bool whole,
+                            ptx::Mbarrier& barrier, int head, const Places& box) const {
+    if constexpr (variant.stream()) {
+      constexpr int chunks = chunks_of(padded, key_bytes);
+      if (whole) {
+        ptx::load_box(tile, map, barrier, policy, 0, box.row[0], 0, head, box.slot[0]);
+        return;
+      }
+#pragma unroll
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        ptx::load_box(tile + chunk * a_.box_keys * chunk_row_bytes, map, barrier, policy,
+                      chunk * (chunk_row_bytes / key_bytes), head, box.row[0], box.slot[0]);
+      }
+    } else if constexpr (variant.splits) {
       load_tile<variant.block_keys, key_bytes>(tile, padded, map, barrier, policy, head, box.row[0], box.slot[0]);
     } else {
       load_tile<variant.block_keys, key_bytes>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
@@ -197,12 +209,12 @@ class ForwardLoader {
 
   /// Starts fetching a block of rows, which makes up `bytes`.
   template <int padded>
-  __device__ void fetch(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, ptx::Mbarrier& barrier,
-                        int bytes, int head, const Places& box) {
+  __device__ void fetch(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, bool whole,
+                        ptx::Mbarrier& barrier, int bytes, int head, const Places& box) {
     if (!a_.problem.keys.paged()) {
       if (first_lane()) {
         barrier.arrive_expecting(bytes);
-        fetch_box<padded>(policy, tile, map, barrier, head, box);
+        fetch_box<padded>(policy, tile, map, whole, barrier, head, box);
       }
       return;
     }
@@ -210,7 +222,9 @@ class ForwardLoader {
     __syncwarp();
     const int lane = threadIdx.x % 32;
     if (lane < a_.boxes) {
-      fetch_box<padded>(policy, tile + lane * a_.box_keys * chunk_row_bytes, map, barrier, head, box);
+      constexpr int chunks_of_box = variant.stream() ? chunks_of(padded, key_bytes) : 1;
+      fetch_box<padded>(policy, tile + lane * a_.box_keys * chunk_row_bytes * chunks_of_box, map, whole, barrier, head,
+                        box);
     }
   }
 
@@ -251,7 +265,7 @@ class ForwardLoader {
     if constexpr (variant.gather) {
       gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
     } else {
-      fetch<variant.head_dim>(policy_of(work), tile, a_.k, full, k_bytes, work.head_k, places);
+      fetch<variant.head_dim>(policy_of(work), tile, a_.k, a_.whole_keys, full, k_bytes, work.head_k, places);
     }
   }
 
@@ -264,8 +278,8 @@ class ForwardLoader {
       gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile, full);
     } else {
       const bool clears = !variant.prepares() && !variant.stream() && fetches_unseen(work, n);
-      fetch<variant.head_dim_v>(policy_of(work), tile, a_.v, clears ? shared_.v_fetched : full, v_bytes, work.head_k,
-                                places);
+      fetch<variant.head_dim_v>(policy_of(work), tile, a_.v, a_.whole_values, clears ? shared_.v_fetched : full,
+                                v_bytes, work.head_k, places);
       if (clears) clear_fetched(work, n, tile, full);
     }
   }
@@ -274,8 +288,8 @@ class ForwardLoader {
   __device__ void clear_fetched(const TileWork& work, int n, unsigned char* tile, ptx::Mbarrier& full) {
     shared_.v_fetched.wait(v_fetched_parity_);
     v_fetched_parity_ ^= 1;
-    clear_unseen<variant.block_keys, key_bytes>(tile, variant.head_dim_v, work.seen, n * variant.block_keys,
-                                                variant.block_keys);
+    clear_unseen(tile, pieces_of(variant.head_dim_v, key_bytes), work.seen, n * variant.block_keys, variant.block_keys,
+                 [](int row, int piece) { return piece_offset<variant.block_keys>(row, piece); });
     ptx::fence_proxy_async();
     __syncwarp();
     if (first_lane()) full.arrive();

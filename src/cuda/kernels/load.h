@@ -34,6 +34,9 @@ __device__ inline void load_tile(unsigned char* tile, int head_dim, const Tensor
   }
 }
 
+/// Pieces of 16 bytes of a row of a tile.
+constexpr int pieces_of(int head_dim, int element_bytes) { return chunks_of(head_dim, element_bytes) * 8; }
+
 /// Where piece `piece` of 16 bytes of a row stands in a tile of `rows` rows.
 template <int rows>
 __device__ inline unsigned piece_offset(unsigned row, unsigned piece) {
@@ -46,24 +49,24 @@ __device__ inline unsigned byte_offset(unsigned row, unsigned byte) {
   return piece_offset<rows>(row, byte / 16) + byte % 16;
 }
 
-/// A warp clears rows begin .. end of a tile.
-template <int rows, int element_bytes>
-__device__ inline void clear_rows(unsigned char* tile, int head_dim, int begin, int end) {
-  const int pieces = chunks_of(head_dim, element_bytes) * 8;
+/// A warp clears rows begin .. end of a tile, whose rows have so many pieces; offset_of(row, piece) is where one is.
+template <typename OffsetOf>
+__device__ inline void clear_rows(unsigned char* tile, int pieces, int begin, int end, const OffsetOf& offset_of) {
   // This is rare: what follows from the lane had better not be kept in registers all along.
   const int lane = ptx::known_only_here(threadIdx.x % 32);
 #pragma unroll 1
   for (int i = begin * pieces + lane; i < end * pieces; i += 32) {
-    *reinterpret_cast<uint4*>(tile + piece_offset<rows>(i / pieces, i % pieces)) = make_uint4(0, 0, 0, 0);
+    *reinterpret_cast<uint4*>(tile + offset_of(i / pieces, i % pieces)) = make_uint4(0, 0, 0, 0);
   }
 }
 
 /// Values that no row of the sequence sees must not meet weights of 0, since they may be NaN: a warp clears them in
 /// `count` rows of a tile, those of the keys from `first_key` on.
-template <int rows, int element_bytes>
-__device__ inline void clear_unseen(unsigned char* tile, int head_dim, KeyRange seen, int first_key, int count) {
-  clear_rows<rows, element_bytes>(tile, head_dim, 0, clamp(seen.begin - first_key, 0, count));
-  clear_rows<rows, element_bytes>(tile, head_dim, clamp(seen.end - first_key, 0, count), count);
+template <typename OffsetOf>
+__device__ inline void clear_unseen(unsigned char* tile, int pieces, KeyRange seen, int first_key, int count,
+                                    const OffsetOf& offset_of) {
+  clear_rows(tile, pieces, 0, clamp(seen.begin - first_key, 0, count), offset_of);
+  clear_rows(tile, pieces, clamp(seen.end - first_key, 0, count), count, offset_of);
 }
 
 /// What a pointer to constants points to.

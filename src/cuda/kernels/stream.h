@@ -24,7 +24,10 @@ template <ForwardVariant variant>
 class StreamConsumer : Consumer<variant> {
  public:
   __device__ StreamConsumer(const ForwardArguments& arguments, ForwardShared<variant>& shared, int group)
-      : Consumer<variant>(arguments, shared, group), warp_(group * 4 + static_cast<int>(threadIdx.x % 128 / 32)) {}
+      : Consumer<variant>(arguments, shared, group),
+        warp_(group * 4 + static_cast<int>(threadIdx.x % 128 / 32)),
+        key_rows_(warp_ * keys, arguments.box_keys),
+        value_rows_(warp_ * keys, arguments.box_keys) {}
 
   __device__ void run() {
     for (TilePlace tile; find_tile(tile); tile.advance()) {
@@ -92,11 +95,10 @@ class StreamConsumer : Consumer<variant> {
   /// Adds this warp's keys of block n.
   __device__ void add_block(TilePlace tile, int n, const Queries& queries, Softmaxes& softmax, Sums& sums) {
     const TileWork& work = work_of(tile);
-    const int first_row = warp_ * keys;
-    const int first_key = n * variant.block_keys + first_row;
+    const int first_key = n * variant.block_keys + warp_ * keys;
     typename Products::Scores scores[row_tiles];
     await(shared_.k, next_);
-    Products::multiply(queries.words, shared_.k_tiles[next_.stage()].rows + first_row * chunk_row_bytes, scores);
+    Products::multiply(queries.words, shared_.k_tiles[next_.stage()].rows, key_rows_, scores);
     release_read<variant>(shared_.k.empty[next_.stage()]);
 
     const bool hides = first_key + keys > work.seen_by_all.end || first_key < work.seen_by_all.begin;
@@ -119,13 +121,14 @@ class StreamConsumer : Consumer<variant> {
     }
 
     await(shared_.v, next_);
-    unsigned char* const values = shared_.v_tiles[next_.stage()].rows + first_row * chunk_row_bytes;
+    unsigned char* const values = shared_.v_tiles[next_.stage()].rows;
     if (first_key < work.seen.begin || first_key + keys > work.seen.end) {
-      clear_unseen<variant.block_keys, variant.key_bytes()>(values, variant.head_dim_v, work.seen, first_key, keys);
+      clear_unseen(values, pieces_of(variant.head_dim_v, variant.key_bytes()), work.seen, first_key, keys,
+                   [&](int row, int piece) { return value_rows_.piece(row, piece); });
       if constexpr (!variant.gather) ptx::fence_proxy_async();  // the copy engine will write there
       __syncwarp();
     }
-    Products::add_values(values, scores, sums);
+    Products::add_values(values, value_rows_, scores, sums);
     release_read<variant>(shared_.v.empty[next_.stage()]);
   }
 
@@ -227,6 +230,8 @@ class StreamConsumer : Consumer<variant> {
   }
 
   int warp_;
+  typename Products::KeyRows key_rows_;
+  typename Products::ValueRows value_rows_;
 };
 
 template <ForwardVariant variant>

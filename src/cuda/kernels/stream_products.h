@@ -39,6 +39,43 @@ __device__ inline unsigned word_of(const uint2& piece, int i) { return i == 0 ? 
 __device__ inline int lane_row() { return static_cast<int>(threadIdx.x % 32 / 4); }
 __device__ inline int lane_step() { return static_cast<int>(threadIdx.x % 4); }
 
+/// Where the rows of a warp are in a block of keys that is in boxes of `box_keys` rows, each of them in `chunks`
+/// chunks: in bytes. Boxes begin where the pattern of a swizzled tile does. A warp has rows of one box, or of two where
+/// these have no more than eight rows; where rows are gathered, a block is one box.
+template <ForwardVariant variant, int chunks>
+class RowsOfWarp {
+ public:
+  __device__ RowsOfWarp(int first_row, int box_keys) {
+    if constexpr (in_order) {
+      first_ = first_row * chunk_row_bytes;
+    } else {
+      const int box = divide(first_row, box_keys);
+      chunk_ = box_keys * chunk_row_bytes;
+      first_ = box * chunks * chunk_ + (first_row - box * box_keys) * chunk_row_bytes;
+      eight_ = box_keys > 8 ? 8 * chunk_row_bytes : chunks * chunk_;
+    }
+  }
+
+  /// Of a row and chunk, where the row is a multiple of eight.
+  __device__ int offset(int row, int chunk) const {
+    if constexpr (in_order) return first_ + row * chunk_row_bytes + chunk * variant.block_keys * chunk_row_bytes;
+    return first_ + row / 8 * eight_ + chunk * chunk_;
+  }
+  /// Of a piece of 16 bytes.
+  __device__ int piece(int row, int piece) const {
+    return offset(row / 8 * 8, piece / 8) + row % 8 * chunk_row_bytes + (piece % 8 ^ row % 8) * 16;
+  }
+  __device__ int byte(int row, int byte) const { return piece(row, byte / 16) + byte % 16; }
+
+ private:
+  /// Whether rows of all boxes are side by side.
+  static constexpr bool in_order = variant.gather || chunks == 1;
+
+  int first_;
+  int eight_ = 0;  ///< from eight rows to the next
+  int chunk_ = 0;
+};
+
 /// The key that is number n of eight.
 __device__ inline int key_of(int n) { return ((n ^ n >> 2) & 1) << 2 | (n & 2) | n >> 2; }
 /// The keys that a lane has scores of.
@@ -55,7 +92,10 @@ class StreamProducts {
   static constexpr int piece_columns = 16 / variant.key_bytes();
   static constexpr int pieces = variant.head_dim / (4 * piece_columns);
   static constexpr int piece_words = piece_columns / 2;
-  static_assert(keys % 16 == 0 && variant.head_dim % (4 * piece_columns) == 0);
+  static_assert((variant.gather ? keys % 16 == 0 : keys == 16) && variant.head_dim % (4 * piece_columns) == 0);
+
+  using KeyRows = RowsOfWarp<variant, chunks_of(variant.head_dim, variant.key_bytes())>;
+  using ValueRows = RowsOfWarp<variant, chunks_of(variant.head_dim_v, variant.key_bytes())>;
 
   using Queries = unsigned[row_tiles][steps][2];
   /// Of eight query rows: of every 16 keys, two scores of a lane's first row, then of its second.
@@ -66,7 +106,8 @@ class StreamProducts {
   __device__ static int column_of_piece(int i) { return piece_columns * (4 * i + lane_step()); }
 
   /// scores = keys x queries, transposed.
-  __device__ static void multiply(const Queries& queries, const unsigned char* tile, Scores (&scores)[row_tiles]) {
+  __device__ static void multiply(const Queries& queries, const unsigned char* tile, const KeyRows& rows,
+                                  Scores (&scores)[row_tiles]) {
     const int key = key_of(lane_row());
 #pragma unroll
     for (int j = 0; j < keys / 16; ++j) {
@@ -77,8 +118,7 @@ class StreamProducts {
         unsigned words[2][piece_words];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = 16 * j + 8 * half + key;
-          load_piece(tile + piece_offset<variant.block_keys>(row, 4 * i + lane_step()), words[half]);
+          load_piece(tile + rows.piece(16 * j + 8 * half + key, 4 * i + lane_step()), words[half]);
         }
 #pragma unroll
         for (int k = 0; k < piece_words / 2; ++k) {
@@ -99,7 +139,8 @@ class StreamProducts {
   }
 
   /// sums += values, transposed, x weights.
-  __device__ static void add_values(const unsigned char* tile, const Scores (&weights)[row_tiles], Sums& sums) {
+  __device__ static void add_values(const unsigned char* tile, const ValueRows& rows,
+                                    const Scores (&weights)[row_tiles], Sums& sums) {
 #pragma unroll
     for (int step = 0; step < keys / 16; ++step) {
       unsigned b[row_tiles][2];
@@ -116,9 +157,9 @@ class StreamProducts {
         for (int r = 0; r < row_tiles; ++r) ptx::mma<element>(sums[column_tile][r], a, b[r][0], b[r][1]);
       };
       if constexpr (variant.scaled()) {
-        for_widened_values(tile, step, add);
+        for_widened_values(tile, rows, step, add);
       } else {
-        for_values(tile, step, add);
+        for_values(tile, rows, step, add);
       }
     }
   }
@@ -175,15 +216,15 @@ class StreamProducts {
 
   /// Calls add(column_tile, a) with the values, transposed, of 16 keys.
   template <typename Add>
-  __device__ static void for_values(const unsigned char* tile, int step, const Add& add) {
+  __device__ static void for_values(const unsigned char* tile, const ValueRows& rows, int step, const Add& add) {
     const int lane = threadIdx.x % 32;
     // Matrices of 8 by 8 are of the first eight keys, then of the others; the second of two is of the columns behind.
     const int row = 16 * step + lane / 16 * 8 + key_of(lane % 8);
-    const auto* const first = tile + piece_offset<variant.block_keys>(row, lane / 8 % 2);
+    const auto* const first = tile + rows.piece(row, lane / 8 % 2);
     // What follows from it would otherwise be kept in registers, for each of the places of a swizzled piece.
     const int address = ptx::known_only_here(static_cast<int>(ptx::shared_address(first)));
     constexpr int tiles_of_chunk = chunk_columns / 16;
-    constexpr int chunk_bytes = variant.block_keys * chunk_row_bytes;
+    const int chunk_bytes = rows.offset(0, 1) - rows.offset(0, 0);
 #pragma unroll
     for (int j = 0; j < column_tiles; ++j) {
       unsigned a[4];
@@ -200,7 +241,8 @@ class StreamProducts {
   }
 
   template <typename Add>
-  __device__ static void for_widened_values(const unsigned char* tile, int step, const Add& add) {
+  __device__ static void for_widened_values(const unsigned char* tile, const ValueRows& of_warp, int step,
+                                            const Add& add) {
     static_assert(variant.head_dim_v % (8 * widened_columns) == 0);
     using Piece = typename PieceOf<widened_columns>::Type;
     const int first = key_of(2 * lane_step());
@@ -211,7 +253,7 @@ class StreamProducts {
       for (int i = 0; i < 4; ++i) {
         const int row = 16 * step + i / 2 * 8 + (first ^ i % 2 * 4);
         const int byte = (round * 8 + lane_row()) * widened_columns;
-        rows[i] = *reinterpret_cast<const Piece*>(tile + byte_offset<variant.block_keys>(row, byte));
+        rows[i] = *reinterpret_cast<const Piece*>(tile + of_warp.byte(row, byte));
       }
 #pragma unroll
       for (int word = 0; word < widened_columns / 4; ++word) {

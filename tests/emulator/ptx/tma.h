@@ -48,9 +48,9 @@ void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, Coordinates
 
 enum class CachePolicy { evict_normal, evict_first };
 inline CachePolicy policy_of(bool) { return CachePolicy::evict_normal; }
-inline void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, CachePolicy, int c0, int c1, int c2,
-                     int c3) {
-  load_box(shared, map, barrier, c0, c1, c2, c3);
+template <typename... Coordinates>
+void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, CachePolicy, Coordinates... coordinates) {
+  load_box(shared, map, barrier, coordinates...);
 }
 
 }  // namespace mate::cuda::ptx

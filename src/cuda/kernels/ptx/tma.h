@@ -48,4 +48,14 @@ __device__ inline void load_box(void* shared, const TensorMap& map, Mbarrier& ba
       : "memory");
 }
 
+__device__ inline void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, CachePolicy policy, int c0,
+                                int c1, int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, "
+      "%5, %6, %7}], [%2], %8;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
+      "l"(static_cast<unsigned long long>(policy))
+      : "memory");
+}
+
 }  // namespace mate::cuda::ptx
