@@ -73,15 +73,14 @@ class WideConsumer : Consumer<variant> {
     float sums[columns / 2] = {};
     OnlineSoftmax softmax = begin_softmax(tile);
 
-    bool is_own = next_.is_odd() == (group_ == 1);
 #pragma unroll 1
-    for (int n = blocks.end - 1;; is_own = true) {
-      if (is_own) {
+    for (int n = blocks.end - 1; n >= blocks.begin; --n) {
+      if (next_.is_odd() == (group_ == 1)) {
         add_own(tile, n, softmax, sums);
-        if (n-- == blocks.begin) break;
+      } else {
+        add_others(tile, n, softmax, sums);
       }
-      add_others(tile, n, softmax, sums);
-      if (n-- == blocks.begin) break;
+      next_.advance();
     }
 
     add_weights_of_other(softmax);
@@ -113,7 +112,6 @@ class WideConsumer : Consumer<variant> {
     if constexpr (!variant.qv) await(shared_.v, next_);
     start_values(weights, sums, value_matrix(next_));
     finish_values(sums);
-    next_.advance();
   }
 
   /// Adds the values of block n, weighted as the other consumer says.
@@ -143,7 +141,6 @@ class WideConsumer : Consumer<variant> {
     }
     ptx::wgmma_commit();
     finish_values(sums);
-    next_.advance();
   }
 
   /// Waits until this block's values have been added.
