@@ -70,10 +70,10 @@ bool encode(TensorMap& map, const Rows& rows, int columns, std::span<const Dimen
 /// Describes the tensors to the copy engine. False where it cannot read one of them.
 bool encode_maps(const Problem& p, const ForwardVariant& variant, ForwardArguments& arguments) {
   const int pack = arguments.pack;
-  // Whole rows of 256 bytes save tiles of prompts a few percent. In decoding, where the L2 cache would read those of
-  // other heads too, they took 2 to 8 % of the time over bfloat16, and up to 40 % over e4m3 of 128 columns.
+  // Reading 256 bytes where 128 are asked for saves tiles of prompts a few percent. In decoding it took 2 to 8 % of the
+  // time over bfloat16, and up to 40 % over e4m3 of 128 columns, whose neighbours are other heads'.
   const CUtensorMapL2promotion promotion =
-      variant.stream() || variant.wide ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+      variant.one_tile() || variant.wide ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
   const auto encode_queries = [&](TensorMap& map, const Rows& rows, int head_dim) {
     const Dimension dimensions[] = {{pack, rows.head_stride, pack},
                                     {p.queries.rows, rows.row_stride, arguments.tile_rows / pack},

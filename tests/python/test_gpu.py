@@ -98,7 +98,7 @@ def mixed(
 
 # From so many pages on there may be keys enough for prompts and decoded tokens to be served side by side.
 SPARE_PAGES = 50_000
-side_by_side = functools.partial(mixed, spare_pages=SPARE_PAGES)
+side_by_side = functools.partial(mixed, capacity=2304, spare_pages=SPARE_PAGES)
 
 
 def latent(lengths: tuple = (500, 64, 129, 0), rows: int = 2, heads: int = 16, **options: Any) -> Call:
@@ -395,7 +395,7 @@ def test_prompts_beside_decoding(
 ) -> None:
     """Two launches side by side, each on its share of the multiprocessors."""
     random.seed(seed)
-    check(side_by_side(counts, page_size=page_size, capacity=2304, sm_margin=margin), mate)
+    check(side_by_side(counts, page_size=page_size, sm_margin=margin), mate)
 
 
 def test_nothing_is_read_where_a_prompt_was_expected(mate: ModuleType, device: str) -> None:
