@@ -84,6 +84,12 @@ constexpr int query_capacity(const QueryLayout& queries, int b) {
   return clamp(static_cast<long long>(queries.cu_seqlens[b + 1]) - begin, 0, queries.rows - begin);
 }
 
+/// How many of them are used.
+constexpr int used_queries(const QueryLayout& queries, int b) {
+  const int capacity = query_capacity(queries, b);
+  return queries.seqused.given() ? clamp(queries.seqused[b], 0, capacity) : capacity;
+}
+
 /// How many keys a sequence has room for.
 constexpr int key_capacity(const KeyLayout& keys, int b) {
   if (keys.paged()) return clamp(static_cast<long long>(keys.max_pages) * keys.rows, 0, max_length);
@@ -95,9 +101,8 @@ constexpr int key_capacity(const KeyLayout& keys, int b) {
 /// Sequence b. Whatever the lengths hold, nothing outside a tensor is pointed to: they are clamped.
 constexpr Sequence locate_sequence(const QueryLayout& queries, const KeyLayout& keys, const Mask& mask, int b) {
   Sequence s;
-  const int q_capacity = query_capacity(queries, b);
   if (queries.cu_seqlens.given()) s.first_q = clamp(queries.cu_seqlens[b], 0, queries.rows);
-  s.lengths.sq = queries.seqused.given() ? clamp(queries.seqused[b], 0, q_capacity) : q_capacity;
+  s.lengths.sq = used_queries(queries, b);
 
   // A cache row that there is not holds no keys.
   const int cache_rows = keys.paged() ? keys.page_rows : keys.slots;

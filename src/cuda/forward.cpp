@@ -150,8 +150,11 @@ int choose_pack(const Problem& p, const ForwardVariant& variant) {
 }
 
 /// At least as many tiles as there are, of all units.
-std::int64_t most_tiles(const Problem& p, const Tiling& tiling) {
-  return mate::most_tiles(tiling, p.ragged_queries(), p.queries.rows, p.batch) * (p.heads_q / tiling.pack);
+std::int64_t most_tiles(const Problem& p, const ForwardVariant& variant, int pack) {
+  const std::int64_t of_unit =
+      variant.one_tile() ? p.batch
+                         : mate::most_tiles(variant.tiling(pack), p.ragged_queries(), p.queries.rows, p.batch);
+  return of_unit * (p.heads_q / pack);
 }
 
 /// Keys that there is room for.
@@ -168,12 +171,8 @@ std::int64_t most_packed_rows(const Problem& p) {
   return std::int64_t{rows} * (p.pack_gqa == 0 ? 1 : p.group());
 }
 
-/// Whether all packed rows of any sequence fit one consumer: decoding, mostly. Where some rows of ragged sequences are
-/// not used, only the device knows how many there are to be cleared.
-bool has_few_rows(const Problem& p) {
-  if (p.ragged_queries() && p.queries.seqused.given()) return false;
-  return most_packed_rows(p) <= 64;
-}
+/// Whether all packed rows of any sequence fit one consumer: decoding, mostly.
+bool has_few_rows(const Problem& p) { return most_packed_rows(p) <= 64; }
 
 /// Whether a batch-invariant call may cut a sequence. How many rows ragged and padded ones have only the device knows.
 bool may_cut(const Problem& p, int block_keys) {
@@ -262,18 +261,28 @@ bool has_large_scores(const Problem& p) {
   return scales_of(p).exponent * largest_score > largest_exact;
 }
 
-/// Where prompts and decoded tokens of one call are served by two launches, the query rows that a decoded sequence has
-/// at most; else 0.
-int rows_of_short(const Problem& p, int multiprocessors) {
+/// Whether prompts and decoded tokens of one call are served by two launches since that takes less time.
+bool gains_by_two_launches(const Problem& p, int multiprocessors) {
   constexpr int least_blocks = 64;  // of keys, for each multiprocessor: two launches begin later than one
-  const bool may_be = p.num_splits == 0 && !p.batch_invariant && !p.qv.given() && !p.queries.seqused.given() &&
-                      !p.keys.cu_seqlens.given();
-  if (!may_be || !is_mixed(p) || !has_long_keys(p)) return 0;
-  if (divide_up(most_keys(p), 128) * p.batch * p.heads_k < std::int64_t{least_blocks} * multiprocessors) return 0;
+  if (p.num_splits != 0 || p.queries.seqused.given() || p.keys.cu_seqlens.given()) return false;
+  return is_mixed(p) && has_long_keys(p) &&
+         divide_up(most_keys(p), 128) * p.batch * p.heads_k >= std::int64_t{least_blocks} * multiprocessors;
+}
+
+/// Where two launches serve a call, one of them the sequences that use few query rows, how many these use at most; else
+/// 0. With batch_invariant that follows from nothing but what all sequences have in common.
+int rows_of_short(const Problem& p, int multiprocessors) {
   const TensorTypes types{p.q.type, p.k.type, p.out.type};
-  if (types.all_e4m3() && has_large_scores(p)) return 0;
+  if (p.qv.given() || (types.all_e4m3() && has_large_scores(p))) return 0;
   const int packed = p.pack_gqa == 0 ? 1 : p.group();
-  return stream_rows_for(types, p.head_dim, p.head_dim_v, packed) / packed;
+  if (!p.batch_invariant) {
+    if (!gains_by_two_launches(p, multiprocessors)) return 0;
+    return stream_rows_for(types, p.head_dim, p.head_dim_v, packed) / packed;
+  }
+  const int most = most_stream_rows(types, p.head_dim, p.head_dim_v);
+  const bool all_short = most_packed_rows(p) <= most;
+  const bool all_alike = !p.ragged_queries() && !p.queries.seqused.given();
+  return all_short || all_alike ? 0 : most / packed;
 }
 
 /// Whether long sequences that are served beside short ones are served tile by tile, head after head, so that the L2
@@ -284,18 +293,31 @@ bool takes_whole_tiles(const Problem& p, int multiprocessors) {
   return divide_up(packed_rows, 128) * p.heads_k >= multiprocessors;
 }
 
-VariantChoice choose(const Problem& p, int multiprocessors) {
+VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequences& served = {}) {
   constexpr int few_keys = 1024;
   VariantChoice choice{p.head_dim, p.head_dim_v, {p.q.type, p.k.type, p.out.type}, scores_of(p)};
-  choice.few_rows = has_few_rows(p);
+  const bool large_scores = choice.types.all_e4m3() && has_large_scores(p);
+  const bool is_short = served.which == Sequences::short_ones;
+  choice.few_rows = is_short || has_few_rows(p);
   // Kernels that are alike widen e4m3.
-  choice.alike = p.batch_invariant || (choice.types.all_e4m3() && has_large_scores(p));
-  if (choice.few_rows)
-    choice.stream_rows = stream_rows_for(choice.types, p.head_dim, p.head_dim_v, most_packed_rows(p));
+  choice.alike = p.batch_invariant || large_scores;
+  if (choice.few_rows && !large_scores) {
+    const std::int64_t rows =
+        is_short ? std::int64_t{served.short_rows} * (p.pack_gqa == 0 ? 1 : p.group()) : most_packed_rows(p);
+    choice.stream_rows = stream_rows_for(choice.types, p.head_dim, p.head_dim_v, rows);
+  }
   const bool diagonal = p.mask.right >= 0 || p.mask.chunk > 0;
   choice.narrow = diagonal || most_keys(p) <= few_keys;
   choice.qv = p.qv.given();
-  choice.splits = p.batch_invariant ? may_cut(p, choose_variant(choice).block_keys) : shares_keys(p, multiprocessors);
+  if (choice.stream_rows > 0) {
+    choice.splits = true;
+  } else if (p.batch_invariant) {
+    choice.splits = may_cut(p, choose_variant(choice).block_keys);
+  } else if (served.which == Sequences::long_ones) {
+    choice.splits = !takes_whole_tiles(p, multiprocessors);
+  } else {
+    choice.splits = shares_keys(p, multiprocessors);
+  }
   return choice;
 }
 
@@ -343,36 +365,12 @@ KernelFamily& scheduler_metadata_kernels() {
 
 int workers_of(const Problem& p, const Device& gpu) { return std::max(1, gpu.multiprocessors - p.sm_margin); }
 
-/// A launch of the kernel that says how many multiprocessors are to serve long sequences.
-struct PreparedDivision {
-  Kernel kernel;
-  Launch shape;
-  Problem problem;
-  int short_rows;
-  int workers;
-  bool whole_tiles;
-  int* long_workers;  ///< where it says so
-
-  void launch() const { cuda::launch(kernel, shape, problem, short_rows, workers, whole_tiles, long_workers); }
-};
-
-PreparedDivision prepare_division(const Problem& p, const Device& gpu, CUstream queue, Scratch& scratch,
-                                  int short_rows) {
-  const int workers = workers_of(p, gpu);
-  return {.kernel = division_kernels().load(gpu, 0, division_source),
-          .shape = {.grid = {}, .block = {32}, .stream = queue},
-          .problem = p,
-          .short_rows = short_rows,
-          .workers = workers,
-          .whole_tiles = takes_whole_tiles(p, workers),
-          .long_workers = scratch.take<int>(1)};
-}
-
 /// A launch of the kernel for some sequences of a call, or for all.
 struct PreparedForward {
   Kernel kernel;
   Launch shape;
   ForwardArguments arguments;
+  bool whole_tiles;  ///< none is cut
 
   void launch() const { cuda::launch(kernel, shape, arguments); }
 };
@@ -388,8 +386,7 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   if (p.qv.given()) inputs.add(p.qv, p.query_slots(), p.queries.rows, p.heads_q);
   inputs.add(p.k, p.keys.slots, p.keys.rows, p.heads_k);
   inputs.add(p.v, p.keys.slots, p.keys.rows, p.heads_k);
-  VariantChoice choice = choose(p, multiprocessors);
-  if (served.which == Sequences::long_ones) choice.splits = !takes_whole_tiles(p, multiprocessors);
+  VariantChoice choice = choose(p, multiprocessors, served);
   ForwardVariant variant;
   const auto settle = [&](bool gather) {
     choice.gather = gather;
@@ -414,7 +411,7 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   arguments.exponent_scale = scales.exponent;
   arguments.keys_in_l2 = gpu.l2_bytes / 2 / ((p.head_dim + p.head_dim_v) * bytes_of(p.k.type));
 
-  const std::int64_t tiles = most_tiles(p, variant.tiling(arguments.pack));
+  const std::int64_t tiles = most_tiles(p, variant, arguments.pack);
   require(tiles < max_length - gpu.multiprocessors, "q must have fewer than 2**31 tiles of ", arguments.tile_rows,
           " rows, got ", tiles);
   int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, multiprocessors));
@@ -434,7 +431,32 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   return {
       kernel,
       {.grid = {static_cast<unsigned>(blocks)}, .block = {static_cast<unsigned>(variant.threads())}, .stream = queue},
-      arguments};
+      arguments,
+      !variant.splits};
+}
+
+/// A launch of the kernel that says how many multiprocessors are to serve long sequences.
+struct PreparedDivision {
+  Kernel kernel;
+  Launch shape;
+  Problem problem;
+  ServedSequences served;
+  int workers;
+  bool whole_tiles;  ///< of long sequences
+
+  void launch() const {
+    cuda::launch(kernel, shape, problem, served.short_rows, workers, whole_tiles, served.long_workers);
+  }
+};
+
+PreparedDivision prepare_division(const Problem& p, const Device& gpu, CUstream queue, const ServedSequences& served,
+                                  bool whole_tiles) {
+  return {.kernel = division_kernels().load(gpu, 0, division_source),
+          .shape = {.grid = {}, .block = {32}, .stream = queue},
+          .problem = p,
+          .served = served,
+          .workers = workers_of(p, gpu),
+          .whole_tiles = whole_tiles};
 }
 
 }  // namespace
@@ -467,11 +489,12 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
     all.launch();
     return;
   }
-  const PreparedDivision division = prepare_division(p, gpu, queue, scratch, short_rows);
-  ServedSequences served{Sequences::long_ones, short_rows, division.long_workers};
+  int* const long_workers = scratch.take<int>(1);
+  ServedSequences served{Sequences::long_ones, short_rows, long_workers};
   const PreparedForward of_long = prepare(p, gpu, queue, scratch, served);
+  const PreparedDivision division = prepare_division(p, gpu, queue, served, of_long.whole_tiles);
   served.which = Sequences::short_ones;
-  p.max_seqlen_q = short_rows;
+  p.max_seqlen_q = std::min(p.max_seqlen_q, short_rows);
   const PreparedForward of_short = prepare(p, gpu, queue, scratch, served);
   if (append) append->launch();
   division.launch();

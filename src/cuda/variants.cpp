@@ -11,6 +11,7 @@ namespace mate::cuda {
 namespace {
 
 constexpr int largest_narrow_head_dim = 256;
+constexpr int fewest_stream_rows = 8;
 constexpr int largest_stream_rows = 16;
 constexpr int widest_block_keys = 176;
 constexpr int most_stages = 8;
@@ -145,8 +146,8 @@ ForwardVariant stream_variant(const VariantChoice& choice) {
   variant.q_stages = 2;
   const bool fits = variant.head_dim + variant.head_dim_v <= most_columns;
   variant.block_keys = fits ? most_keys : most_keys / 2;
-  // A warp has 16 keys of a block, or more where loaders need the other warps.
-  variant.warpgroups = variant.gather || !fits ? 1 : 2;
+  // A warp has 16 keys of a block, or more where loaders need the other warps and bits may depend on that.
+  variant.warpgroups = (variant.gather && !choice.alike) || !fits ? 1 : 2;
   const int others = variant.q_stages * variant.q_bytes() + variant.warp_sums_bytes();
   variant.stages = std::min((variant.tile_bytes() - others) / (variant.k_bytes() + variant.v_bytes()), most_stages);
   return variant;
@@ -187,20 +188,24 @@ const char* name_of(Scores scores) {
 
 }  // namespace
 
-int stream_rows_for(const TensorTypes& types, int head_dim, int head_dim_v, std::int64_t rows) {
+int most_stream_rows(const TensorTypes& types, int head_dim, int head_dim_v) {
   constexpr int most_sums = 2048;  // of a warp
   if (std::max(head_dim, head_dim_v) > largest_narrow_head_dim) return 0;
-  for (const int tile_rows : {8, largest_stream_rows}) {
-    if (rows <= tile_rows && tile_rows * stream_columns_v(types, head_dim_v) <= most_sums) return tile_rows;
-  }
-  return 0;
+  const int columns = stream_columns_v(types, head_dim_v);
+  return largest_stream_rows * columns <= most_sums ? largest_stream_rows : fewest_stream_rows;
+}
+
+int stream_rows_for(const TensorTypes& types, int head_dim, int head_dim_v, std::int64_t rows) {
+  const int most = most_stream_rows(types, head_dim, head_dim_v);
+  if (rows > most) return 0;
+  return rows <= fewest_stream_rows ? fewest_stream_rows : most;
 }
 
 ForwardVariant choose_variant(const VariantChoice& choice) {
   if (choice.qv || std::max(choice.head_dim, choice.head_dim_v) > largest_narrow_head_dim) {
     return wide_variant(choice);
   }
-  if (choice.stream_rows > 0 && !choice.alike) return stream_variant(choice);
+  if (choice.stream_rows > 0) return stream_variant(choice);
   ForwardVariant variant = begin_variant(choice);
   variant.block_keys = choice.alike ? common_block_keys(choice) : most_block_keys(variant, choice.narrow);
   if (choice.splits && !choice.gather && !choice.alike) {
@@ -255,10 +260,10 @@ KernelSource source_of(const ForwardVariant& v) {
   const auto flag = [](bool value) { return value ? "true" : "false"; };
   KernelSource source;
   const char* const kernel = v.stream() ? "stream" : v.wide ? "wide" : "forward";
-  source.name =
-      join(kernel, "_", name_of(v.types), "_d", v.head_dim, "_v", v.head_dim_v, v.qv ? "_qv" : "", "_rows",
-           v.tile_rows(), "_keys", v.block_keys, v.scores == Scores::products ? "" : join("_", name_of(v.scores)),
-           v.widens() ? "_widened" : "", v.gather ? "_gather" : "", v.splits ? "_splits" : "");
+  source.name = join(kernel, "_", name_of(v.types), "_d", v.head_dim, "_v", v.head_dim_v, v.qv ? "_qv" : "", "_rows",
+                     v.tile_rows(), "_keys", v.block_keys, v.stream() ? join("_warps", v.stream_warps()) : "",
+                     v.scores == Scores::products ? "" : join("_", name_of(v.scores)), v.widens() ? "_widened" : "",
+                     v.gather ? "_gather" : "", v.splits ? "_splits" : "");
   source.text =
       join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
            source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
@@ -330,6 +335,7 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
     if (choice.few_rows && !choice.splits && !choice.alike) continue;  // these keys are always shared out
     for (const int rows : {largest_stream_rows + 1, largest_stream_rows, 1}) {
       choice.stream_rows = choice.few_rows ? stream_rows_for(types, head_dim, head_dim_v, rows) : 0;
+      if (choice.stream_rows > 0 && !choice.splits) continue;
       const ForwardVariant variant = choose_variant(choice);
       add(source_of(variant));
       if (variant.splits) add(scheduler_metadata_source(variant.block_keys));

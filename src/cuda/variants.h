@@ -25,8 +25,11 @@ struct VariantChoice {
   bool qv = false;     ///< there are queries of values
 };
 
-/// How many packed rows of each sequence the kernel of stream.h takes for tensors of these types and head sizes, if
-/// they are not more than `rows`: 0 where it takes none.
+/// How many packed rows of a sequence the kernel of stream.h can take for tensors of these types and head sizes: 0
+/// where it takes none.
+int most_stream_rows(const TensorTypes& types, int head_dim, int head_dim_v);
+
+/// Rows of the tiles that hold so many packed rows of each sequence; 0 where there are too many.
 int stream_rows_for(const TensorTypes& types, int head_dim, int head_dim_v, std::int64_t rows);
 
 /// The largest tiles that registers and shared memory hold.

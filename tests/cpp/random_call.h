@@ -61,10 +61,11 @@ class RandomCall {
     out_type_ = q_type_ == float8_e4m3fn ? narrow : q_type_;
   }
 
-  /// Large ones are multiples of 64 every other time: rows that end where a chunk of them does.
+  /// Every other one is a multiple of what rows are loaded by: 8, and for large ones 64.
   std::int64_t draw_head_size(bool large) {
-    if (!large) return random_.integer(1, 40);
-    return random_.chance(0.5) ? 64 * random_.integer(1, 8) : random_.integer(1, 512);
+    const std::int64_t most = large ? 512 : 40;
+    const std::int64_t step = large ? 64 : 8;
+    return random_.chance(0.5) ? step * random_.integer(1, most / step) : random_.integer(1, most);
   }
 
   void draw_scores() {

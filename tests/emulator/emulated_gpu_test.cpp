@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <string>
 
+#include "cpp/call_of_one.h"
 #include "cpp/random_call.h"
 
 namespace mate {
@@ -81,8 +82,9 @@ class EmulatedGpu : public ::testing::Test {
   static inline fs::path folder_;
 };
 
-/// Judges so many calls, or MATE_RANDOM_CALLS, from the seed MATE_SEED on.
-void judge_calls(testing::RandomCall::Kind kind, std::uint64_t otherwise) {
+/// find_wrong(call) says what is wrong with so many calls, or MATE_RANDOM_CALLS, from the seed MATE_SEED on.
+template <typename FindWrong>
+void for_random_calls(testing::RandomCall::Kind kind, std::uint64_t otherwise, const FindWrong& find_wrong) {
   const auto number = [](const char* name, std::uint64_t otherwise) {
     const char* const text = std::getenv(name);
     return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
@@ -94,11 +96,17 @@ void judge_calls(testing::RandomCall::Kind kind, std::uint64_t otherwise) {
     testing::RandomCall call(seed, kind);
     if (!is_served(call.arguments)) continue;
     move_to_gpu(call.arguments);
-    const std::string wrong = testing::judge(call.memory, call.arguments, tolerance_of(call.arguments));
+    const std::string wrong = find_wrong(call);
     if (wrong.empty()) continue;
     ADD_FAILURE() << "seed " << seed << ": " << wrong;
     ++failures;
   }
+}
+
+void judge_calls(testing::RandomCall::Kind kind, std::uint64_t otherwise) {
+  for_random_calls(kind, otherwise, [](testing::RandomCall& call) {
+    return testing::judge(call.memory, call.arguments, tolerance_of(call.arguments));
+  });
 }
 
 /// The host cannot know that it is, and then takes a tile to hold each sequence.
@@ -131,6 +139,28 @@ TEST_F(EmulatedGpu, RowsPastMaxSeqlenAreCleared) {
 }
 
 TEST_F(EmulatedGpu, MatchesTheReference) { judge_calls(testing::RandomCall::Kind::any, 60); }
+
+/// Sequences of all kinds, and of prompts beside few queries.
+TEST_F(EmulatedGpu, IsBatchInvariantWhereAsked) {
+  for (const auto kind : {testing::RandomCall::Kind::any, testing::RandomCall::Kind::mixed}) {
+    for_random_calls(kind, 20, [](testing::RandomCall& call) {
+      AttentionArguments& a = call.arguments;
+      if (a.rotary_cos.given()) return std::string();  // its queries are not those of the call below
+      a.batch_invariant = true;
+      attention(a);
+      for (const testing::CallSequence& s : testing::sequences_of(a)) {
+        testing::Memory memory;
+        AttentionArguments alone = testing::call_of_one(memory, a, s);
+        move_to_gpu(alone);
+        attention(alone);
+        if (testing::result_bits(a, s) != testing::result_bits(alone, testing::sequence_alone(s))) {
+          return "other bits of sequence " + std::to_string(s.b);
+        }
+      }
+      return std::string();
+    });
+  }
+}
 
 TEST_F(EmulatedGpu, ServesPromptsAndDecodedTokens) { judge_calls(testing::RandomCall::Kind::mixed, 20); }
 

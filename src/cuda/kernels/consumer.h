@@ -300,9 +300,7 @@ __device__ void run(const ForwardArguments& a) {
     await_inputs(a);
     ConsumerOfVariant(a, shared, consumer).run();
   }
-  if (threadIdx.x < 32 && a.served.which != Sequences::short_ones) {
-    clear_rows_of_no_tile<variant>(a);  // the scheduler, which is done first
-  }
+  if (threadIdx.x < 32) clear_rows_of_no_tile<variant>(a);  // the scheduler, which is done first
   await_other(a);
 }
 

@@ -18,13 +18,13 @@ struct PartialResults {
 /// Which sequences of a call a launch serves. Where prompts are read and tokens decoded in one call, the ones need the
 /// matrix units and the others memory: two launches of kernels made for either then run side by side, each on its share
 /// of the multiprocessors. That of the long sequences comes first, and lets the other begin when what both read is
-/// there; the other ends last.
+/// there; the other ends last. With batch_invariant a sequence is served by the same kernel whatever others there are.
 enum class Sequences { all, long_ones, short_ones };
 
 struct ServedSequences {
   Sequences which = Sequences::all;
-  int short_rows = 0;                 ///< query rows that a short one has at most
-  const int* long_workers = nullptr;  ///< how many blocks of threads serve the long ones
+  int short_rows = 0;           ///< query rows that a short one uses at most
+  int* long_workers = nullptr;  ///< how many blocks of threads serve the long ones
 };
 
 struct ForwardArguments {

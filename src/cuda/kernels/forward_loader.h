@@ -167,8 +167,9 @@ class ForwardLoader {
       const Worker worker = this_worker<variant>(a_);
       int first_slot = worker.member * static_cast<int>(slots_of(worker.workers));
       if (a_.cut.parts_are_grains()) {
-        const int tile = tile_number(variant.tiling(a_.pack), p.ragged_queries(), p.queries.rows, work.sequence,
-                                     work.place.first_q, work.tile);
+        const int tile = variant.one_tile() ? work.sequence
+                                            : tile_number(variant.tiling(a_.pack), p.ragged_queries(), p.queries.rows,
+                                                          work.sequence, work.place.first_q, work.tile);
         first_slot = (tile * (p.heads_q / a_.pack) + work.unit) * a_.parts.slots_of_tile;
       }
       work.parts = parts_of(a_.cut, work.shares, work.steps, work.cut, worker.number, work.blocks, first_slot);

@@ -25,17 +25,18 @@ __device__ inline void await_other(const ForwardArguments& a) {
   if (a.served.which == Sequences::short_ones && blockIdx.x == 0) ptx::await_earlier_kernels();
 }
 
-/// Whether a sequence with so many rows of out is this launch's.
-__device__ inline bool serves(const ForwardArguments& a, int capacity) {
-  return a.served.which == Sequences::all ||
-         (a.served.which == Sequences::short_ones) == (capacity <= a.served.short_rows);
+/// Whether sequence b is this launch's.
+__device__ inline bool serves(const ForwardArguments& a, int b) {
+  if (a.served.which == Sequences::all) return true;
+  const bool is_short = used_queries(a.problem.queries, b) <= a.served.short_rows;
+  return is_short == (a.served.which == Sequences::short_ones);
 }
 
 /// Of `workers` blocks of threads, how many have something to do.
 __device__ inline int workers_of_launch(const ForwardArguments& a, int workers) {
   if (a.served.which == Sequences::all) return workers;
   const int of_long = __ldcg(a.served.long_workers);
-  return max(a.served.which == Sequences::long_ones ? of_long : workers - of_long, 1);
+  return clamp(a.served.which == Sequences::long_ones ? of_long : workers - of_long, 1, workers);
 }
 
 /// What the sequences of a launch take, as multiples of the time in which a multiprocessor decodes 128 keys.
@@ -66,14 +67,13 @@ struct TimeOfTiles {
 };
 
 /// How long the first and the last tile of a sequence take: measured, with what it takes to begin and end a tile.
-__device__ inline void add_sequence(TimeOfTiles& time, const Problem& p, int b, int capacity, bool is_short) {
-  const Lengths lengths = p.sequence(b).lengths;
-  if (capacity <= 0 || lengths.sq <= 0) return;
+__device__ inline void add_sequence(TimeOfTiles& time, const Problem& p, const Lengths& lengths, bool is_short) {
+  if (lengths.sq == 0) return;
   const auto of_row = [&](int row) {
     const float blocks = static_cast<float>(visible_keys(p.mask, lengths, row).size()) / 128;
     return is_short ? blocks + 1 : 1.5F * blocks + 4;
   };
-  time.add(is_short ? 1 : divide(capacity * p.group() - 1, 128) + 1, of_row(0), of_row(lengths.sq - 1));
+  time.add(is_short ? 1 : divide(lengths.sq * p.group() - 1, 128) + 1, of_row(0), of_row(lengths.sq - 1));
 }
 
 /// Says how many of `workers` multiprocessors are to serve the long sequences, so that both launches take as long. For
@@ -86,9 +86,9 @@ __device__ inline void divide_workers(const Problem& p, int short_rows, int work
   TimeOfTiles of_long;
 #pragma unroll 1
   for (int b = lane; b < p.batch; b += 32) {
-    const int capacity = query_capacity(p.queries, b);
-    const bool is_short = capacity <= short_rows;
-    add_sequence(is_short ? of_short : of_long, p, b, capacity, is_short);
+    const Lengths lengths = p.sequence(b).lengths;
+    const bool is_short = lengths.sq <= short_rows;
+    add_sequence(is_short ? of_short : of_long, p, lengths, is_short);
   }
   of_short = of_short.of_warp();
   of_long = of_long.of_warp();

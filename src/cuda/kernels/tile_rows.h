@@ -3,6 +3,7 @@
 
 #include "element.h"
 #include "ring.h"
+#include "side_by_side.h"
 #include "softmax.h"
 #include "tile_work.h"
 
@@ -52,35 +53,38 @@ __device__ inline void clear_tile(const ForwardArguments& a, const TileWork& wor
   }
 }
 
-/// Rows of ragged tensors that are in no tile: out 0, lse -inf. For one warp of each block of threads.
+/// Rows that are in no tile: out 0, lse -inf. For one warp of each block of threads.
 template <ForwardVariant variant>
 __device__ void clear_rows_of_no_tile(const ForwardArguments& a) {
   const Problem& p = a.problem;
-  if (!p.ragged_queries()) return;
-  const auto clear = [&](int row) {
+  const auto clear = [&](int slot, int row) {
 #pragma unroll 1
-    for (int head = 0; head < p.heads_q; ++head) clear_row(p, 0, row, head, -infinity());
+    for (int head = 0; head < p.heads_q; ++head) clear_row(p, slot, row, head, -infinity());
   };
-  // Those that belong to no sequence.
-  const int begin = clamp(p.queries.cu_seqlens[0], 0, p.queries.rows);
-  const int end = clamp(p.queries.cu_seqlens[p.batch], begin, p.queries.rows);
-  const int rows = begin + p.queries.rows - end;
+  if (p.ragged_queries() && a.served.which != Sequences::short_ones) {
+    // Those that belong to no sequence.
+    const int begin = clamp(p.queries.cu_seqlens[0], 0, p.queries.rows);
+    const int end = clamp(p.queries.cu_seqlens[p.batch], begin, p.queries.rows);
+    const int rows = begin + p.queries.rows - end;
 #pragma unroll 1
-  for (int i = blockIdx.x; i < rows; i += gridDim.x) clear(i < begin ? i : end + i - begin);
+    for (int i = blockIdx.x; i < rows; i += gridDim.x) clear(0, i < begin ? i : end + i - begin);
+  }
   if constexpr (variant.one_tile()) {
-    // Those of longer sequences than max_seqlen_q said there were.
+    // Those of sequences that have room for more rows than they use, or than max_seqlen_q said.
+    if (!p.ragged_queries() && a.served.which == Sequences::all) return;
     const int in_tile = divide(a.tile_rows, a.pack);
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int first = blockIdx.x * 32; first < p.batch; first += gridDim.x * 32) {
-      const int capacity = first + lane < p.batch ? query_capacity(p.queries, first + lane) : 0;
+      const int b = first + lane;
+      const int capacity = b < p.batch && serves(a, b) ? query_capacity(p.queries, b) : 0;
 #pragma unroll 1
       for (unsigned longer = __ballot_sync(~0U, capacity > in_tile); longer != 0; longer &= longer - 1) {
         const int source = __ffs(longer) - 1;
-        const int first_row = clamp(p.queries.cu_seqlens[first + source], 0, p.queries.rows);
+        const int first_row = p.ragged_queries() ? clamp(p.queries.cu_seqlens[first + source], 0, p.queries.rows) : 0;
         const int count = __shfl_sync(~0U, capacity, source);
 #pragma unroll 1
-        for (int i = in_tile; i < count; ++i) clear(first_row + i);
+        for (int i = in_tile; i < count; ++i) clear(p.query_slot(first + source), first_row + i);
       }
     }
   }

@@ -44,14 +44,13 @@ class TileScheduler : TileFinder<variant> {
 
   /// Of all units.
   __device__ int all_tiles_of(int b) const {
-    const int capacity = query_capacity(problem().queries, b);
-    return serves(a_, capacity) ? this->tiles_of_capacity(capacity) * units() : 0;
+    return serves(a_, b) ? this->tiles_of_capacity(query_capacity(problem().queries, b)) * units() : 0;
   }
 
   /// The sequence of tile index_, whose place in it becomes index_in_sequence_; -1 where there are no more.
   __device__ int find_sequence() {
     const int lane = threadIdx.x % 32;
-    if (!problem().ragged_queries()) {
+    if (!problem().ragged_queries() && a_.served.which == Sequences::all) {
       const int tiles = all_tiles_of(0);
       tiles_before_ = tiles * problem().batch;
       if (index_ >= tiles_before_) return -1;
