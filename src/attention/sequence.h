@@ -84,9 +84,8 @@ constexpr int query_capacity(const QueryLayout& queries, int b) {
   return clamp(static_cast<long long>(queries.cu_seqlens[b + 1]) - begin, 0, queries.rows - begin);
 }
 
-/// How many of them are used.
-constexpr int used_queries(const QueryLayout& queries, int b) {
-  const int capacity = query_capacity(queries, b);
+/// How many of these, its capacity, are used.
+constexpr int used_queries(const QueryLayout& queries, int b, int capacity) {
   return queries.seqused.given() ? clamp(queries.seqused[b], 0, capacity) : capacity;
 }
 
@@ -102,7 +101,7 @@ constexpr int key_capacity(const KeyLayout& keys, int b) {
 constexpr Sequence locate_sequence(const QueryLayout& queries, const KeyLayout& keys, const Mask& mask, int b) {
   Sequence s;
   if (queries.cu_seqlens.given()) s.first_q = clamp(queries.cu_seqlens[b], 0, queries.rows);
-  s.lengths.sq = used_queries(queries, b);
+  s.lengths.sq = used_queries(queries, b, query_capacity(queries, b));
 
   // A cache row that there is not holds no keys.
   const int cache_rows = keys.paged() ? keys.page_rows : keys.slots;

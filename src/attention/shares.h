@@ -218,14 +218,16 @@ constexpr TileParts parts_of(const Cut& cut, const Shares& shares, Share tile, c
 }
 
 /// At least as many tiles of one unit of heads as there are: where `ragged`, `rows` are those of all sequences
-/// together, and only the device knows how many each has.
-constexpr long long most_tiles(const Tiling& tiling, bool ragged, int rows, int batch) {
+/// together, and only the device knows how many each has. Of each sequence there may be but `one_tile`.
+constexpr long long most_tiles(const Tiling& tiling, bool one_tile, bool ragged, int rows, int batch) {
+  if (one_tile) return batch;
   return ragged ? tiles_of(tiling, rows) + static_cast<long long>(batch)
                 : static_cast<long long>(tiles_of(tiling, rows)) * batch;
 }
 
 /// The number, below most_tiles(), of a tile of sequence b, which begins with query row `first_q` of a ragged tensor.
-constexpr int tile_number(const Tiling& tiling, bool ragged, int rows, int b, int first_q, int tile) {
+constexpr int tile_number(const Tiling& tiling, bool one_tile, bool ragged, int rows, int b, int first_q, int tile) {
+  if (one_tile) return b;
   if (!ragged) return b * tiles_of(tiling, rows) + tile;
   return divide(first_q, divide(tiling.tile_rows, tiling.pack)) + b + tile;
 }

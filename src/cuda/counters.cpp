@@ -7,8 +7,8 @@
 namespace mate::cuda {
 namespace {
 
-constexpr int launches_per_chunk = 256;
-constexpr int chunk_ints = launches_per_chunk * counters_of_launch;
+constexpr int calls_per_chunk = 256;
+constexpr int chunk_ints = calls_per_chunk * counters_of_call;
 
 /// Zeros in new memory of the current context.
 int* allocate_chunk() {
@@ -33,11 +33,11 @@ struct Chunk {
   int* take() {
     if (left == 0) {
       next = allocate_chunk();
-      left = launches_per_chunk;
+      left = calls_per_chunk;
     }
     --left;
     int* const taken = next;
-    next += counters_of_launch;
+    next += counters_of_call;
     return taken;
   }
 };

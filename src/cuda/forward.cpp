@@ -70,8 +70,8 @@ bool encode(TensorMap& map, const Rows& rows, int columns, std::span<const Dimen
 /// Describes the tensors to the copy engine. False where it cannot read one of them.
 bool encode_maps(const Problem& p, const ForwardVariant& variant, ForwardArguments& arguments) {
   const int pack = arguments.pack;
-  // Reading 256 bytes where 128 are asked for saves tiles of prompts a few percent. In decoding it took 2 to 8 % of the
-  // time over bfloat16, and up to 40 % over e4m3 of 128 columns, whose neighbours are other heads'.
+  // Reading 256 bytes where 128 are asked for saves tiles of prompts a few percent. Decoding took 2 to 7 % longer by it
+  // over bfloat16, and up to 38 % over e4m3 of 128 columns, whose neighbours are other heads'.
   const CUtensorMapL2promotion promotion =
       variant.one_tile() || variant.wide ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
   const auto encode_queries = [&](TensorMap& map, const Rows& rows, int head_dim) {
@@ -86,22 +86,22 @@ bool encode_maps(const Problem& p, const ForwardVariant& variant, ForwardArgumen
     if (p.qv.given() && !encode_queries(arguments.qv, p.qv, p.head_dim_v)) return false;
   }
   if (p.keys.rows == 0 || p.keys.slots == 0) return true;  // nothing will be read
-  const auto encode_keys = [&](TensorMap& map, const Rows& rows, int head_dim, bool& whole) {
+  const auto encode_keys = [&](TensorMap& map, const Rows& rows, int head_dim, bool& all_chunks) {
     const Dimension of_heads{p.heads_k, rows.head_stride, 1};
     const Dimension of_rows{p.keys.rows, rows.row_stride, arguments.box_keys};
     const Dimension of_slots{p.keys.slots, rows.slot_stride, 1};
     const int columns = chunk_row_bytes / bytes_of(rows.type);
-    // Else columns behind the last would not arrive as zeros.
-    whole = variant.stream() && head_dim > columns && head_dim % columns == 0;
-    if (whole) {
+    // Of whole chunks only: in a map that is cut into chunks, columns past the head would be the next one's, not zeros.
+    all_chunks = variant.stream() && head_dim > columns && head_dim % columns == 0;
+    if (all_chunks) {
       const int chunks = head_dim / columns;
       return encode(map, rows, columns, std::array{of_rows, Dimension{chunks, columns, chunks}, of_heads, of_slots},
                     promotion);
     }
     return encode(map, rows, head_dim, std::array{of_heads, of_rows, of_slots}, promotion);
   };
-  return encode_keys(arguments.k, p.k, p.head_dim, arguments.whole_keys) &&
-         encode_keys(arguments.v, p.v, p.head_dim_v, arguments.whole_values);
+  return encode_keys(arguments.k, p.k, p.head_dim, arguments.all_chunks_k) &&
+         encode_keys(arguments.v, p.v, p.head_dim_v, arguments.all_chunks_v);
 }
 
 Scores scores_of(const Problem& p) {
@@ -151,10 +151,8 @@ int choose_pack(const Problem& p, const ForwardVariant& variant) {
 
 /// At least as many tiles as there are, of all units.
 std::int64_t most_tiles(const Problem& p, const ForwardVariant& variant, int pack) {
-  const std::int64_t of_unit =
-      variant.one_tile() ? p.batch
-                         : mate::most_tiles(variant.tiling(pack), p.ragged_queries(), p.queries.rows, p.batch);
-  return of_unit * (p.heads_q / pack);
+  const Tiling tiling = variant.tiling(pack);
+  return mate::most_tiles(tiling, variant.one_tile(), p.ragged_queries(), p.queries.rows, p.batch) * (p.heads_q / pack);
 }
 
 /// Keys that there is room for.
@@ -165,10 +163,13 @@ std::int64_t key_capacity(const Problem& p) {
 /// Keys of the longest sequence, as far as the host knows.
 int most_keys(const Problem& p) { return static_cast<int>(std::min<std::int64_t>(key_capacity(p), p.max_seqlen_k)); }
 
+/// Query heads that may share a tile.
+int most_pack(const Problem& p) { return p.pack_gqa == 0 ? 1 : p.group(); }
+
 /// Packed rows of the longest sequence, where all heads of a group are packed: those that are cleared, too.
 std::int64_t most_packed_rows(const Problem& p) {
   const int rows = p.ragged_queries() ? p.max_seqlen_q : p.queries.rows;
-  return std::int64_t{rows} * (p.pack_gqa == 0 ? 1 : p.group());
+  return std::int64_t{rows} * most_pack(p);
 }
 
 /// Whether all packed rows of any sequence fit one consumer: decoding, mostly.
@@ -226,8 +227,8 @@ bool gains_by_sharing(const Problem& p, int multiprocessors) {
 bool shares_keys(const Problem& p, int multiprocessors) {
   if (has_few_rows(p)) return true;
   if (p.num_splits != 0) return p.num_splits > 1;
-  // Prompts need the matrix units, decoded tokens memory: even shares of both at once, side by side, take less time
-  // than one after the other.
+  // Prompts need the matrix units, decoded tokens memory: even shares of both, at the same time, take less time than
+  // one after the other.
   if (is_mixed(p)) return has_long_keys(p);
   return gains_by_sharing(p, multiprocessors);
 }
@@ -265,31 +266,30 @@ bool has_large_scores(const Problem& p) {
 bool gains_by_two_launches(const Problem& p, int multiprocessors) {
   constexpr int least_blocks = 64;  // of keys, for each multiprocessor: two launches begin later than one
   if (p.num_splits != 0 || p.queries.seqused.given() || p.keys.cu_seqlens.given()) return false;
-  return is_mixed(p) && has_long_keys(p) &&
+  return is_mixed(p) && has_long_keys(p) && !has_few_rows(p) && multiprocessors > 1 &&
          divide_up(most_keys(p), 128) * p.batch * p.heads_k >= std::int64_t{least_blocks} * multiprocessors;
 }
 
 /// Where two launches serve a call, one of them the sequences that use few query rows, how many these use at most; else
-/// 0. With batch_invariant that follows from nothing but what all sequences have in common.
-int rows_of_short(const Problem& p, int multiprocessors) {
+/// 0. With batch_invariant a sequence's kernel then follows from its own rows, whatever the others are.
+int most_decode_rows(const Problem& p, int multiprocessors) {
   const TensorTypes types{p.q.type, p.k.type, p.out.type};
   if (p.qv.given() || (types.all_e4m3() && has_large_scores(p))) return 0;
-  const int packed = p.pack_gqa == 0 ? 1 : p.group();
   if (!p.batch_invariant) {
     if (!gains_by_two_launches(p, multiprocessors)) return 0;
-    return stream_rows_for(types, p.head_dim, p.head_dim_v, packed) / packed;
+    // As many as the smallest tile holds: of more rows, products would be twice as many for all.
+    return stream_rows_for(types, p.head_dim, p.head_dim_v, most_pack(p)) / most_pack(p);
   }
   const int most = most_stream_rows(types, p.head_dim, p.head_dim_v);
-  const bool all_short = most_packed_rows(p) <= most;
+  const bool all_few = most_packed_rows(p) <= most;
   const bool all_alike = !p.ragged_queries() && !p.queries.seqused.given();
-  return all_short || all_alike ? 0 : most / packed;
+  return all_few || all_alike ? 0 : most / most_pack(p);
 }
 
-/// Whether long sequences that are served beside short ones are served tile by tile, head after head, so that the L2
-/// cache holds their keys whatever is decoded meanwhile: where there are tiles enough to keep about half of the
-/// multiprocessors busy.
+/// Whether prompts beside what is decoded are served tile by tile, head after head, so that the L2 cache holds their
+/// keys whatever is decoded meanwhile: where there are tiles enough to keep about half of the multiprocessors busy.
 bool takes_whole_tiles(const Problem& p, int multiprocessors) {
-  const std::int64_t packed_rows = std::int64_t{p.queries.rows} * p.group();
+  const std::int64_t packed_rows = (std::int64_t{p.queries.rows} - p.batch) * p.group();  // each may decode one
   return divide_up(packed_rows, 128) * p.heads_k >= multiprocessors;
 }
 
@@ -297,13 +297,13 @@ VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequence
   constexpr int few_keys = 1024;
   VariantChoice choice{p.head_dim, p.head_dim_v, {p.q.type, p.k.type, p.out.type}, scores_of(p)};
   const bool large_scores = choice.types.all_e4m3() && has_large_scores(p);
-  const bool is_short = served.which == Sequences::short_ones;
-  choice.few_rows = is_short || has_few_rows(p);
+  const bool decodes = served.which == Sequences::decodes;
+  choice.few_rows = decodes || has_few_rows(p);
   // Kernels that are alike widen e4m3.
   choice.alike = p.batch_invariant || large_scores;
+  // Where scores are large, few rows are served by forward.h too, widened.
   if (choice.few_rows && !large_scores) {
-    const std::int64_t rows =
-        is_short ? std::int64_t{served.short_rows} * (p.pack_gqa == 0 ? 1 : p.group()) : most_packed_rows(p);
+    const std::int64_t rows = decodes ? std::int64_t{served.decode_rows} * most_pack(p) : most_packed_rows(p);
     choice.stream_rows = stream_rows_for(choice.types, p.head_dim, p.head_dim_v, rows);
   }
   const bool diagonal = p.mask.right >= 0 || p.mask.chunk > 0;
@@ -313,7 +313,7 @@ VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequence
     choice.splits = true;
   } else if (p.batch_invariant) {
     choice.splits = may_cut(p, choose_variant(choice).block_keys);
-  } else if (served.which == Sequences::long_ones) {
+  } else if (served.which == Sequences::prefills) {
     choice.splits = !takes_whole_tiles(p, multiprocessors);
   } else {
     choice.splits = shares_keys(p, multiprocessors);
@@ -353,7 +353,7 @@ KernelFamily& forward_kernels() {
   return kernels;
 }
 
-KernelFamily& division_kernels() {
+KernelFamily& partition_kernels() {
   static KernelFamily kernels;
   return kernels;
 }
@@ -363,7 +363,8 @@ KernelFamily& scheduler_metadata_kernels() {
   return kernels;
 }
 
-int workers_of(const Problem& p, const Device& gpu) { return std::max(1, gpu.multiprocessors - p.sm_margin); }
+/// That the call leaves to itself.
+int multiprocessors_of(const Problem& p, const Device& gpu) { return std::max(1, gpu.multiprocessors - p.sm_margin); }
 
 /// A launch of the kernel for some sequences of a call, or for all.
 struct PreparedForward {
@@ -377,7 +378,7 @@ struct PreparedForward {
 
 PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scratch& scratch,
                         const ServedSequences& served) {
-  const int multiprocessors = workers_of(p, gpu);
+  const int multiprocessors = multiprocessors_of(p, gpu);
   ForwardArguments arguments;
   arguments.problem = p;
   arguments.served = served;
@@ -416,9 +417,9 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
           " rows, got ", tiles);
   int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, multiprocessors));
   if (variant.splits) {
-    blocks = std::min(multiprocessors, counters_of_launch / 2 / variant.row_groups());
+    blocks = std::min(multiprocessors, counters_of_launch / variant.row_groups());
     arguments.cut = choose_cut(p);
-    arguments.team = choose_team(p, variant, arguments.pack, blocks);
+    if (served.which == Sequences::all) arguments.team = choose_team(p, variant, arguments.pack, blocks);
     blocks -= blocks % arguments.team;
     take_parts(p, variant, tiles, blocks, scratch, arguments);
   }
@@ -427,7 +428,7 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
     arguments.carried_sums = scratch.take<float>(std::int64_t{blocks} * variant.carried_sums());
   }
   const Kernel kernel = forward_kernels().load(gpu, key_of(variant), [&] { return source_of(variant); });
-  arguments.counters = counters(queue) + (served.which == Sequences::short_ones ? counters_of_launch / 2 : 0);
+  arguments.counters = counters(queue) + (served.which == Sequences::decodes ? counters_of_launch : 0);
   return {
       kernel,
       {.grid = {static_cast<unsigned>(blocks)}, .block = {static_cast<unsigned>(variant.threads())}, .stream = queue},
@@ -435,27 +436,27 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
       !variant.splits};
 }
 
-/// A launch of the kernel that says how many multiprocessors are to serve long sequences.
-struct PreparedDivision {
+/// A launch of the kernel that says how many multiprocessors are to serve prompts.
+struct PreparedPartition {
   Kernel kernel;
   Launch shape;
   Problem problem;
   ServedSequences served;
-  int workers;
-  bool whole_tiles;  ///< of long sequences
+  int multiprocessors;
+  bool whole_tiles;  ///< of prompts
 
   void launch() const {
-    cuda::launch(kernel, shape, problem, served.short_rows, workers, whole_tiles, served.long_workers);
+    cuda::launch(kernel, shape, problem, served.decode_rows, multiprocessors, whole_tiles, served.prefill_workers);
   }
 };
 
-PreparedDivision prepare_division(const Problem& p, const Device& gpu, CUstream queue, const ServedSequences& served,
-                                  bool whole_tiles) {
-  return {.kernel = division_kernels().load(gpu, 0, division_source),
-          .shape = {.grid = {}, .block = {32}, .stream = queue},
+PreparedPartition prepare_partition(const Problem& p, const Device& gpu, CUstream queue, const ServedSequences& served,
+                                    bool whole_tiles) {
+  return {.kernel = partition_kernels().load(gpu, 0, partition_source),
+          .shape = {.grid = {}, .block = {partition_threads}, .stream = queue},
           .problem = p,
           .served = served,
-          .workers = workers_of(p, gpu),
+          .multiprocessors = multiprocessors_of(p, gpu),
           .whole_tiles = whole_tiles};
 }
 
@@ -482,24 +483,25 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
     if (append) append->launch();
     return;
   }
-  const int short_rows = rows_of_short(p, workers_of(p, gpu));
-  if (short_rows == 0) {
+  const int decode_rows = most_decode_rows(p, multiprocessors_of(p, gpu));
+  if (decode_rows == 0) {
     const PreparedForward all = prepare(p, gpu, queue, scratch, {});
     if (append) append->launch();
     all.launch();
     return;
   }
-  int* const long_workers = scratch.take<int>(1);
-  ServedSequences served{Sequences::long_ones, short_rows, long_workers};
-  const PreparedForward of_long = prepare(p, gpu, queue, scratch, served);
-  const PreparedDivision division = prepare_division(p, gpu, queue, served, of_long.whole_tiles);
-  served.which = Sequences::short_ones;
-  p.max_seqlen_q = std::min(p.max_seqlen_q, short_rows);
-  const PreparedForward of_short = prepare(p, gpu, queue, scratch, served);
+  ServedSequences served{Sequences::prefills, decode_rows, scratch.take<int>(1)};
+  const PreparedForward prefills = prepare(p, gpu, queue, scratch, served);
+  const PreparedPartition partition = prepare_partition(p, gpu, queue, served, prefills.whole_tiles);
+  served.which = Sequences::decodes;
+  p.max_seqlen_q = std::min(p.max_seqlen_q, decode_rows);  // of those that this launch serves
+  const PreparedForward decodes = prepare(p, gpu, queue, scratch, served);
+  // The last one does not wait: nothing else that lets the next begin at once may come before it.
+  const UninterruptedLaunches together;
   if (append) append->launch();
-  division.launch();
-  of_long.launch();
-  of_short.launch();
+  partition.launch();
+  prefills.launch();
+  decodes.launch();
 }
 
 void scheduler_metadata(const Problem& p, int device_id, void* stream, int* out, std::int64_t stride) {

@@ -5,6 +5,9 @@
 namespace mate::cuda {
 namespace {
 
+std::shared_mutex launching;
+thread_local bool is_uninterrupted = false;
+
 /// Its library is never unloaded: the kernel may be launched until the process ends.
 CUkernel load_into_driver(const KernelSource& source) {
   const CachedKernel cached = cached_kernel(source);
@@ -41,6 +44,16 @@ Kernel KernelFamily::load_first(const Device& device, const Id& id, const Kernel
   return kernel;
 }
 
+UninterruptedLaunches::UninterruptedLaunches() {
+  launching.lock();
+  is_uninterrupted = true;
+}
+
+UninterruptedLaunches::~UninterruptedLaunches() {
+  is_uninterrupted = false;
+  launching.unlock();
+}
+
 void launch_with(const Kernel& kernel, const Launch& launch, void** argument_addresses) {
   static constexpr CUlaunchAttribute overlaps{.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
                                               .value = {.programmaticStreamSerializationAllowed = 1}};
@@ -56,6 +69,8 @@ void launch_with(const Kernel& kernel, const Launch& launch, void** argument_add
       .attrs = &overlaps,
       .numAttrs = 1,
   };
+  std::shared_lock lock(launching, std::defer_lock);
+  if (!is_uninterrupted) lock.lock();
   // The driver takes a kernel in place of a function, and finds the function of the stream's context.
   driver().cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel.handle), argument_addresses, nullptr);
 }

@@ -73,8 +73,18 @@ struct Launch {
   CUstream stream = nullptr;
 };
 
+/// While one exists, no other thread of the process launches a kernel: nothing comes between those of this one, on
+/// whatever stream.
+class UninterruptedLaunches {
+ public:
+  UninterruptedLaunches();
+  ~UninterruptedLaunches();
+  UninterruptedLaunches(const UninterruptedLaunches&) = delete;
+  UninterruptedLaunches& operator=(const UninterruptedLaunches&) = delete;
+};
+
 /// Launches a kernel with the addresses of its arguments, while the stream's earlier ones run to their end: each kernel
-/// of the library waits for that by ptx::await_earlier_kernels().
+/// of the library waits for that by ptx::await_earlier_kernels(), or is let begin by one that has (side_by_side.h).
 void launch_with(const Kernel& kernel, const Launch& launch, void** argument_addresses);
 
 /// Launches a kernel. The arguments are of the very types of its parameters. A context of the device must be current.

@@ -6,6 +6,7 @@
 
 #include "attention/check.h"
 #include "backend.h"
+#include "kernels/forward_arguments.h"
 
 namespace mate::cuda {
 namespace {
@@ -311,13 +312,14 @@ KernelSource combine_source() {
   return source;
 }
 
-KernelSource division_source() {
+KernelSource partition_source() {
   KernelSource source;
-  source.name = "divide_workers";
+  source.name = "partition_multiprocessors";
   source.text = join(
-      "#include \"side_by_side.h\"\n\nextern \"C\" __global__ void ", source.name,
-      "(const __grid_constant__ mate::Problem problem, int short_rows, int workers, bool whole_tiles, int* out) {\n",
-      "  mate::cuda::divide_workers(problem, short_rows, workers, whole_tiles, out);\n}\n");
+      "#include \"side_by_side.h\"\n\nextern \"C\" __global__ void __launch_bounds__(", partition_threads, ") ",
+      source.name,
+      "(const __grid_constant__ mate::Problem problem, int decode_rows, int workers, bool whole_tiles, int* out) {\n",
+      "  mate::cuda::partition_multiprocessors(problem, decode_rows, workers, whole_tiles, out);\n}\n");
   return source;
 }
 
@@ -332,17 +334,17 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
     choice.qv = qv;
     bool* const flags[] = {&choice.gather, &choice.splits, &choice.few_rows, &choice.narrow, &choice.alike};
     for (int i = 0; i < 5; ++i) *flags[i] = (choices >> i & 1) != 0;
-    if (choice.few_rows && !choice.splits && !choice.alike) continue;  // these keys are always shared out
+    if (choice.few_rows && !choice.splits && !choice.alike) continue;  // keys of so few rows are always shared out
     for (const int rows : {largest_stream_rows + 1, largest_stream_rows, 1}) {
       choice.stream_rows = choice.few_rows ? stream_rows_for(types, head_dim, head_dim_v, rows) : 0;
-      if (choice.stream_rows > 0 && !choice.splits) continue;
+      if (choice.stream_rows > 0 && !choice.splits) continue;  // likewise
       const ForwardVariant variant = choose_variant(choice);
       add(source_of(variant));
       if (variant.splits) add(scheduler_metadata_source(variant.block_keys));
     }
   }
   for (const ElementType added : {types.query, types.key}) add(append_source({types.query, added, types.key}));
-  add(division_source());
+  add(partition_source());
   add(combine_source());
   return sources;
 }

@@ -17,11 +17,11 @@ struct VariantChoice {
   Scores scores = Scores::products;
   bool gather = false;
   bool splits = false;
-  bool few_rows = false;  ///< no sequence has more packed rows than a consumer
-  int stream_rows = 0;    ///< nor more than so many, which the kernel of stream.h may take; 0: they have
+  bool few_rows = false;  ///< no sequence that is served has more packed rows than a consumer
+  int stream_rows = 0;    ///< rows of a tile of the kernel of stream.h; 0: there are too many for it
   bool narrow =
       false;           ///< a block of keys is as wide as a tile is high: one lies on the diagonal, and few keys fill it
-  bool alike = false;  ///< blocks are of one width whatever else is chosen, so that bits do not depend on it
+  bool alike = false;  ///< who adds up what does not depend on what else is chosen, so that bits do not
   bool qv = false;     ///< there are queries of values
 };
 
@@ -29,7 +29,7 @@ struct VariantChoice {
 /// where it takes none.
 int most_stream_rows(const TensorTypes& types, int head_dim, int head_dim_v);
 
-/// Rows of the tiles that hold so many packed rows of each sequence; 0 where there are too many.
+/// Rows of a tile of stream.h that holds so many packed rows; 0 where there are too many.
 int stream_rows_for(const TensorTypes& types, int head_dim, int head_dim_v, std::int64_t rows);
 
 /// The largest tiles that registers and shared memory hold.
@@ -46,6 +46,8 @@ KernelSource scheduler_metadata_source(int block_keys);
 /// Of the kernel that appends to a cache of keys and values, and of that which merges partial results.
 KernelSource append_source(const AppendTypes& types);
 KernelSource combine_source();
-KernelSource division_source();
+
+/// Of the kernel that partitions the multiprocessors between two launches of a call.
+KernelSource partition_source();
 
 }  // namespace mate::cuda

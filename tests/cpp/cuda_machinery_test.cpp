@@ -441,7 +441,7 @@ TEST_F(Gpu, GivesEachStreamAndEachCapturedLaunchItsCounters) {
   EXPECT_EQ(all.size(), 5003U);
   EXPECT_EQ(counters(stream_), first);
   for (const int* one : all) {
-    for (const int i : {0, counters_of_launch - 1}) ASSERT_EQ(read(one + i), 0);
+    for (const int i : {0, counters_of_call - 1}) ASSERT_EQ(read(one + i), 0);
   }
 }
 

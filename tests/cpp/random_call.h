@@ -61,7 +61,7 @@ class RandomCall {
     out_type_ = q_type_ == float8_e4m3fn ? narrow : q_type_;
   }
 
-  /// Every other one is a multiple of what rows are loaded by: 8, and for large ones 64.
+  /// Half of them are multiples of 8, or of 64 where they are large: the copy engine takes those, others are gathered.
   std::int64_t draw_head_size(bool large) {
     const std::int64_t most = large ? 512 : 40;
     const std::int64_t step = large ? 64 : 8;

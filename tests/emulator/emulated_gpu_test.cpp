@@ -82,7 +82,7 @@ class EmulatedGpu : public ::testing::Test {
   static inline fs::path folder_;
 };
 
-/// find_wrong(call) says what is wrong with so many calls, or MATE_RANDOM_CALLS, from the seed MATE_SEED on.
+/// Makes so many calls, or MATE_RANDOM_CALLS, from the seed MATE_SEED on; find_wrong(call) says what is wrong with one.
 template <typename FindWrong>
 void for_random_calls(testing::RandomCall::Kind kind, std::uint64_t otherwise, const FindWrong& find_wrong) {
   const auto number = [](const char* name, std::uint64_t otherwise) {
@@ -103,6 +103,7 @@ void for_random_calls(testing::RandomCall::Kind kind, std::uint64_t otherwise, c
   }
 }
 
+/// Compares so many calls with the reference.
 void judge_calls(testing::RandomCall::Kind kind, std::uint64_t otherwise) {
   for_random_calls(kind, otherwise, [](testing::RandomCall& call) {
     return testing::judge(call.memory, call.arguments, tolerance_of(call.arguments));

@@ -84,7 +84,9 @@ def appending(make: Callable[..., Call] = paged, rows: int = 3, **options: Any) 
 def mixed(
     counts: tuple, make: Callable[..., Call] = paged, capacity: int = 2000, spare_pages: int = 0, **options: Any
 ) -> Call:
-    """Some sequences are read and others decoded: so many queries of each. The page table has room for more pages."""
+    """Some sequences are read and others decoded: so many queries of each. The page table has room for `spare_pages`
+    more.
+    """
     call = make(tuple(random.randrange(count, capacity) for count in counts), capacity=capacity, **options)
     ragged_queries = {
         "q": randn(sum(counts), 8, 64),
@@ -96,9 +98,8 @@ def mixed(
     return Call(call.function, {**call.arguments, **ragged_queries})
 
 
-# From so many pages on there may be keys enough for prompts and decoded tokens to be served side by side.
-SPARE_PAGES = 50_000
-side_by_side = functools.partial(mixed, capacity=2304, spare_pages=SPARE_PAGES)
+# Mixed calls whose page table has room for so many keys that two launches serve them; the longest prompt has 2200.
+side_by_side = functools.partial(mixed, capacity=2304, spare_pages=50_000)
 
 
 def latent(lengths: tuple = (500, 64, 129, 0), rows: int = 2, heads: int = 16, **options: Any) -> Call:
@@ -348,6 +349,24 @@ def test_calls_from_several_threads(mate: ModuleType, device: str, seed: int) ->
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(0, 64, 8)))
+
+
+def test_calls_of_two_launches_from_several_threads_on_one_stream(mate: ModuleType, device: str) -> None:
+    calls = [side_by_side((2200, 1, 129, 0), sm_margin=margin) for margin in (0, 0, 100, 131)]
+    calls += [normal(), paged()]
+    want = [copy.deepcopy(call).run(mate) for call in calls]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+
+    def work(first: int) -> bool:
+        rotated = calls[first:] + calls[:first]
+        with torch.cuda.stream(stream):
+            got = [[call.run(mate) for call in map(copy.deepcopy, rotated)] for _ in range(10)]
+            stream.synchronize()
+        return all(same_bits(each, want[first:] + want[:first]) for each in got)
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        assert all(pool.map(work, range(len(calls))))
 
 
 def test_every_gpu_of_the_machine(mate: ModuleType, device: str) -> None:

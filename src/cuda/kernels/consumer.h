@@ -301,7 +301,7 @@ __device__ void run(const ForwardArguments& a) {
     ConsumerOfVariant(a, shared, consumer).run();
   }
   if (threadIdx.x < 32) clear_rows_of_no_tile<variant>(a);  // the scheduler, which is done first
-  await_other(a);
+  await_prefills(a);
 }
 
 }  // namespace mate::cuda

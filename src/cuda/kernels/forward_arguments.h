@@ -15,24 +15,28 @@ struct PartialResults {
   int slots_of_tile = 0;  ///< where each tile has its own, since it is cut into parts of its own
 };
 
-/// Which sequences of a call a launch serves. Where prompts are read and tokens decoded in one call, the ones need the
-/// matrix units and the others memory: two launches of kernels made for either then run side by side, each on its share
-/// of the multiprocessors. That of the long sequences comes first, and lets the other begin when what both read is
-/// there; the other ends last. With batch_invariant a sequence is served by the same kernel whatever others there are.
-enum class Sequences { all, long_ones, short_ones };
+/// Which sequences of a call a launch serves. Where prompts are read and tokens decoded in one call, prompts need the
+/// matrix units and decoding needs memory: two launches, of kernels made for either, then run side by side, each on its
+/// share of the multiprocessors (side_by_side.h). With batch_invariant the same kernel so serves a sequence whatever
+/// others there are.
+enum class Sequences { all, prefills, decodes };
+
+/// Threads of the kernel that partitions the multiprocessors between two launches.
+inline constexpr int partition_threads = 256;
 
 struct ServedSequences {
   Sequences which = Sequences::all;
-  int short_rows = 0;           ///< query rows that a short one uses at most
-  int* long_workers = nullptr;  ///< how many blocks of threads serve the long ones
+  int decode_rows = 0;             ///< query rows that a sequence which is decoded uses at most
+  int* prefill_workers = nullptr;  ///< how many blocks of threads serve prompts
 };
 
 struct ForwardArguments {
   TensorMap q;  ///< (d, pack, rows, head units, slots), in boxes of a tile's rows; the maps are of no use to a gather
-  TensorMap k;  ///< (d, heads, rows, slots), in boxes of a chunk of `box_keys` keys, or see whole_keys
+  TensorMap k;  ///< (d, heads, rows, slots), in boxes of one chunk of `box_keys` keys; or see all_chunks_k
   TensorMap v;
   TensorMap qv;  ///< like q, where it is given
   Problem problem;
+  ServedSequences served;
   int pack = 1;                ///< query heads that share a tile
   int tile_rows = 0;           ///< rows of a tile: a multiple of pack
   float heads_reciprocal = 1;  ///< 1 / pack
@@ -43,15 +47,15 @@ struct ForwardArguments {
   int copy_bytes = 0;        ///< rows that are read one by one are read in pieces of so many bytes
   int box_keys = 0;          ///< keys that are fetched together: no more than a page has
   int boxes = 0;             ///< of a block of keys
-  // For stream.h: whether boxes are of all chunks: (columns of a chunk, rows, chunks, heads, slots).
-  bool whole_keys = false;
-  bool whole_values = false;
+  // Whether a box of k, of v, has all chunks of its rows, for stream.h: (columns of a chunk, rows, chunks, heads,
+  // slots).
+  bool all_chunks_k = false;
+  bool all_chunks_v = false;
   bool wide_rows = false;         ///< rows of out are aligned to 16 bytes
   float* carried_sums = nullptr;  ///< room for those of each block of threads, if it is needed
   int* counters = nullptr;        ///< 0 before and after: of tiles taken, or of the parts of tiles that are done
 
   // Where the keys of tiles are shared out.
-  ServedSequences served;
   Cut cut;
   int team = 1;  ///< blocks of threads that take tiles of the same keys at the same time
   PartialResults parts;

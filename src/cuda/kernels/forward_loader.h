@@ -16,7 +16,7 @@ class ForwardLoader {
         shared_(shared),
         gather_(threadIdx.x - 32, arguments.copy_bytes),
         finder_(arguments, gather_),
-        policy_(ptx::policy_of(arguments.served.which == Sequences::short_ones)) {}
+        policy_(ptx::policy_of(arguments.served.which == Sequences::decodes)) {}
 
   __device__ void run() {
     Ahead ahead;
@@ -167,9 +167,8 @@ class ForwardLoader {
       const Worker worker = this_worker<variant>(a_);
       int first_slot = worker.member * static_cast<int>(slots_of(worker.workers));
       if (a_.cut.parts_are_grains()) {
-        const int tile = variant.one_tile() ? work.sequence
-                                            : tile_number(variant.tiling(a_.pack), p.ragged_queries(), p.queries.rows,
-                                                          work.sequence, work.place.first_q, work.tile);
+        const int tile = tile_number(variant.tiling(a_.pack), variant.one_tile(), p.ragged_queries(), p.queries.rows,
+                                     work.sequence, work.place.first_q, work.tile);
         first_slot = (tile * (p.heads_q / a_.pack) + work.unit) * a_.parts.slots_of_tile;
       }
       work.parts = parts_of(a_.cut, work.shares, work.steps, work.cut, worker.number, work.blocks, first_slot);
@@ -177,22 +176,22 @@ class ForwardLoader {
     }
   }
 
-  /// Where some sequences have many tiles, whose keys the L2 cache should hold, those of others, which are read for one
-  /// tile, had better not drive them out.
-  __device__ ptx::CachePolicy policy_of(const TileWork& work) const {
+  /// What the L2 cache does with a tile's keys: those of sequences with many tiles are read again, so that those that
+  /// are decoded beside prompts, or of a sequence that is one tile among others, had better not drive them out.
+  __device__ ptx::CachePolicy policy_for(const TileWork& work) const {
     if constexpr (!variant.splits) return {};
     if constexpr (variant.one_tile()) return policy_;
     return ptx::policy_of(work.capacity * a_.pack <= a_.tile_rows);
   }
 
-  /// Has the copy engine fetch rows of keys or values, `whole` ones or chunk by chunk. To stream.h boxes come one after
-  /// another, elsewhere each is a part of the tile's chunks.
+  /// Has the copy engine fetch a box of keys or values: all chunks by one order, or chunk by chunk. For stream.h boxes
+  /// lie one after another; elsewhere each is some rows of the tile's chunks.
   template <int padded>
-  __device__ void fetch_box(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, bool whole,
+  __device__ void fetch_box(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, bool all_chunks,
                             ptx::Mbarrier& barrier, int head, const Places& box) const {
     if constexpr (variant.stream()) {
       constexpr int chunks = chunks_of(padded, key_bytes);
-      if (whole) {
+      if (all_chunks) {
         ptx::load_box(tile, map, barrier, policy, 0, box.row[0], 0, head, box.slot[0]);
         return;
       }
@@ -210,12 +209,12 @@ class ForwardLoader {
 
   /// Starts fetching a block of rows, which makes up `bytes`.
   template <int padded>
-  __device__ void fetch(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, bool whole,
+  __device__ void fetch(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, bool all_chunks,
                         ptx::Mbarrier& barrier, int bytes, int head, const Places& box) {
     if (!a_.problem.keys.paged()) {
       if (first_lane()) {
         barrier.arrive_expecting(bytes);
-        fetch_box<padded>(policy, tile, map, whole, barrier, head, box);
+        fetch_box<padded>(policy, tile, map, all_chunks, barrier, head, box);
       }
       return;
     }
@@ -224,8 +223,8 @@ class ForwardLoader {
     const int lane = threadIdx.x % 32;
     if (lane < a_.boxes) {
       constexpr int chunks_of_box = variant.stream() ? chunks_of(padded, key_bytes) : 1;
-      fetch_box<padded>(policy, tile + lane * a_.box_keys * chunk_row_bytes * chunks_of_box, map, whole, barrier, head,
-                        box);
+      fetch_box<padded>(policy, tile + lane * a_.box_keys * chunk_row_bytes * chunks_of_box, map, all_chunks, barrier,
+                        head, box);
     }
   }
 
@@ -266,7 +265,7 @@ class ForwardLoader {
     if constexpr (variant.gather) {
       gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
     } else {
-      fetch<variant.head_dim>(policy_of(work), tile, a_.k, a_.whole_keys, full, k_bytes, work.head_k, places);
+      fetch<variant.head_dim>(policy_for(work), tile, a_.k, a_.all_chunks_k, full, k_bytes, work.head_k, places);
     }
   }
 
@@ -279,7 +278,7 @@ class ForwardLoader {
       gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile, full);
     } else {
       const bool clears = !variant.prepares() && !variant.stream() && fetches_unseen(work, n);
-      fetch<variant.head_dim_v>(policy_of(work), tile, a_.v, a_.whole_values, clears ? shared_.v_fetched : full,
+      fetch<variant.head_dim_v>(policy_for(work), tile, a_.v, a_.all_chunks_v, clears ? shared_.v_fetched : full,
                                 v_bytes, work.head_k, places);
       if (clears) clear_fetched(work, n, tile, full);
     }

@@ -54,7 +54,8 @@ struct ForwardVariant {
   bool e4m3 = false;    ///< e4m3 is multiplied as it is, values transposed, by weights of e4m3; else it is widened
 
   constexpr bool stream() const { return stream_rows > 0; }
-  /// Whether all query rows of a unit of heads, in any sequence, are one tile: decoding.
+  /// Whether the query rows that any served sequence uses, of a unit of heads, are one tile: decoding. Rows of out past
+  /// it are cleared.
   constexpr bool one_tile() const { return stream() || (!wide && warpgroups == 1); }
   /// Whether consumers score the next block while they multiply the values of this one (forward.h).
   constexpr bool scores_ahead() const { return !wide && !stream(); }

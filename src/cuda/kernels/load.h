@@ -1,7 +1,8 @@
 // From rows in global memory to swizzled tiles in shared memory: by tensor maps, or row by row.
 //
 // A tile is chunks of columns, each a block of rows of 128 bytes whose eight pieces of 16 bytes are permuted: piece c
-// of row r stands at place c ^ (r % 8). Products read it without bank conflicts.
+// of row r stands at place c ^ (r % 8). Products read it without bank conflicts. Blocks of keys and values for stream.h
+// are boxes one after another, each laid out as such a tile: see RowsOfWarp.
 #pragma once
 
 #include "element.h"
@@ -23,7 +24,7 @@ __device__ inline void load_tile(unsigned char* tile, int head_dim, const Tensor
   }
 }
 
-/// The same of keys or values.
+/// The same of keys or values, with a policy for the L2 cache.
 template <int rows, int element_bytes>
 __device__ inline void load_tile(unsigned char* tile, int head_dim, const TensorMap& map, ptx::Mbarrier& barrier,
                                  ptx::CachePolicy policy, int head, int row, int slot) {

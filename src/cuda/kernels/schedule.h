@@ -31,6 +31,7 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
   Found share = Found::not_yet;
   Scheduler scheduler(a);
   if constexpr (variant.splits) {
+    // Of two launches neither can: their shares follow from what a kernel before them says.
     const bool early = a.served.which == Sequences::all && !counts_together(a.problem) &&
                        !__all_sync(~0U, shared.readable.is_complete(0));
     if constexpr (keeps) {

@@ -1,4 +1,5 @@
-// Two launches that run side by side, for the long and the short sequences of a call: see Sequences.
+// Two launches that run side by side, for the prompts and the decoded tokens of a call: see Sequences. That for the
+// prompts comes first.
 #pragma once
 
 #include "forward_arguments.h"
@@ -7,52 +8,76 @@
 
 namespace mate::cuda {
 
-/// At the beginning of a kernel.
+/// At the beginning of a kernel: lets the next one begin, but for the launch that serves prompts, since what that lets
+/// begin reads inputs without waiting for them.
 __device__ inline void let_next_begin_at_once(const ForwardArguments& a) {
-  if (a.served.which != Sequences::long_ones) ptx::let_next_kernel_begin();
+  if (a.served.which != Sequences::prefills) ptx::let_next_kernel_begin();
 }
 
-/// Waits until what a kernel reads is there. For that of the short sequences it is from the beginning on, since that of
-/// the long ones, whose end is nothing to it, has waited before it let it begin.
+/// Waits until the inputs are there. The launch that decodes need not, as it is let begin when the other has waited,
+/// but must not find in the L1 cache what was there before. Of one multiprocessor there is no half for it: it waits.
 __device__ inline void await_inputs(const ForwardArguments& a) {
-  if (a.served.which == Sequences::short_ones) return;
+  if (a.served.which == Sequences::decodes && gridDim.x > 1) {
+    ptx::fence_acquire();
+    return;
+  }
   ptx::await_earlier_kernels();
-  if (a.served.which == Sequences::long_ones) ptx::let_next_kernel_begin();
+  if (a.served.which == Sequences::prefills) ptx::let_next_kernel_begin();
 }
 
-/// At the end of a kernel: what comes after waits for the end of the second one, which must not be before the first's.
-__device__ inline void await_other(const ForwardArguments& a) {
-  if (a.served.which == Sequences::short_ones && blockIdx.x == 0) ptx::await_earlier_kernels();
+/// At the end of a kernel: what comes after two launches awaits the end of the second one, that which decodes, so that
+/// it must not be before the other's.
+__device__ inline void await_prefills(const ForwardArguments& a) {
+  if (a.served.which == Sequences::decodes && blockIdx.x == 0) ptx::await_earlier_kernels();
 }
 
-/// Whether sequence b is this launch's.
-__device__ inline bool serves(const ForwardArguments& a, int b) {
+/// Whether sequence b, with room for so many query rows, is this launch's.
+__device__ inline bool serves(const ForwardArguments& a, int b, int capacity) {
   if (a.served.which == Sequences::all) return true;
-  const bool is_short = used_queries(a.problem.queries, b) <= a.served.short_rows;
-  return is_short == (a.served.which == Sequences::short_ones);
+  const bool is_decoded = used_queries(a.problem.queries, b, capacity) <= a.served.decode_rows;
+  return is_decoded == (a.served.which == Sequences::decodes);
 }
 
-/// Of `workers` blocks of threads, how many have something to do.
+/// Of `workers` blocks of threads, how many have work: either grid is as large as the device, and the others end at
+/// once. Never 0, since shares are divided by it.
 __device__ inline int workers_of_launch(const ForwardArguments& a, int workers) {
   if (a.served.which == Sequences::all) return workers;
-  const int of_long = __ldcg(a.served.long_workers);
-  return clamp(a.served.which == Sequences::long_ones ? of_long : workers - of_long, 1, workers);
+  const int of_prefills = __ldcg(a.served.prefill_workers);
+  return clamp(a.served.which == Sequences::prefills ? of_prefills : workers - of_prefills, 1, workers);
 }
 
-/// What the sequences of a launch take, as multiples of the time in which a multiprocessor decodes 128 keys.
+/// What the tiles of a launch take, as multiples of the time in which a multiprocessor decodes `block_keys` keys.
 struct TimeOfTiles {
+  static constexpr int block_keys = 128;
+  static constexpr int tile_rows = 128;  ///< of prompts
   static constexpr float never = 3e38F;
-  float all = 0;
-  float longest = 0;  ///< of a tile
-  float shortest = never;
-  int tiles = 0;
 
+  float all;
+  float longest;  ///< of a tile
+  float shortest;
+  int tiles;
+
+  __device__ static TimeOfTiles none() { return {0, 0, never, 0}; }
+
+  /// `count` tiles, the first and the last of which take so long.
   __device__ void add(int count, float first, float last) {
-    if (count == 0) return;
     all += static_cast<float>(count) * (first + last) / 2;
     longest = fmaxf(longest, fmaxf(first, last));
     shortest = fminf(shortest, fminf(first, last));
     tiles += count;
+  }
+  /// The tile of a sequence that is decoded.
+  __device__ void add_decode(const Problem& p, const Lengths& lengths) {
+    constexpr float ends = 1;  // what it takes to begin and end a tile
+    const float time = (blocks_of_row(p, lengths, 0) + blocks_of_row(p, lengths, lengths.sq - 1)) / 2 + ends;
+    add(1, time, time);
+  }
+  /// The tiles of a prompt: a block takes 2.0 µs where decoding one takes 1.3, while both launches run.
+  __device__ void add_prefill(const Problem& p, const Lengths& lengths) {
+    constexpr float block = 1.5F;
+    constexpr float ends = 4;
+    add(divide(lengths.sq * p.group() - 1, tile_rows) + 1, block * blocks_of_row(p, lengths, 0) + ends,
+        block * blocks_of_row(p, lengths, lengths.sq - 1) + ends);
   }
   __device__ TimeOfTiles of_warp() const {
     return {warp_sum(all), warp_max(longest), -warp_max(-shortest), warp_sum(tiles)};
@@ -64,41 +89,51 @@ struct TimeOfTiles {
     const int rounds = divide(tiles * units - 1, workers) + 1;
     return fmaxf(longest, fminf(static_cast<float>(rounds) * longest, even + shortest));
   }
+
+ private:
+  /// Blocks of keys that a query row sees.
+  __device__ static float blocks_of_row(const Problem& p, const Lengths& lengths, int row) {
+    return static_cast<float>(visible_keys(p.mask, lengths, row).size()) / block_keys;
+  }
 };
 
-/// How long the first and the last tile of a sequence take: measured, with what it takes to begin and end a tile.
-__device__ inline void add_sequence(TimeOfTiles& time, const Problem& p, const Lengths& lengths, bool is_short) {
-  if (lengths.sq == 0) return;
-  const auto of_row = [&](int row) {
-    const float blocks = static_cast<float>(visible_keys(p.mask, lengths, row).size()) / 128;
-    return is_short ? blocks + 1 : 1.5F * blocks + 4;
-  };
-  time.add(is_short ? 1 : divide(lengths.sq * p.group() - 1, 128) + 1, of_row(0), of_row(lengths.sq - 1));
-}
-
-/// Says how many of `workers` multiprocessors are to serve the long sequences, so that both launches take as long. For
-/// one warp.
-__device__ inline void divide_workers(const Problem& p, int short_rows, int workers, bool whole_tiles,
-                                      int* long_workers) {
+/// Says how many of `workers` multiprocessors are to serve prompts, so that the later of both launches ends as soon as
+/// can be. For a block of partition_threads.
+__device__ inline void partition_multiprocessors(const Problem& p, int decode_rows, int workers, bool whole_tiles,
+                                                 int* prefill_workers) {
+  constexpr int warps = partition_threads / 32;
+  __shared__ TimeOfTiles of_warps[2][warps];
   ptx::begin_overlapped();
   const int lane = threadIdx.x % 32;
-  TimeOfTiles of_short;
-  TimeOfTiles of_long;
+  TimeOfTiles decodes = TimeOfTiles::none();
+  TimeOfTiles prefills = TimeOfTiles::none();
 #pragma unroll 1
-  for (int b = lane; b < p.batch; b += 32) {
+  for (int b = threadIdx.x; b < p.batch; b += partition_threads) {
     const Lengths lengths = p.sequence(b).lengths;
-    const bool is_short = lengths.sq <= short_rows;
-    add_sequence(is_short ? of_short : of_long, p, lengths, is_short);
+    if (lengths.sq > decode_rows) {
+      prefills.add_prefill(p, lengths);
+    } else if (lengths.sq > 0) {
+      decodes.add_decode(p, lengths);
+    }
   }
-  of_short = of_short.of_warp();
-  of_long = of_long.of_warp();
-  int best = of_long.tiles == 0 ? 0 : workers;
-  if (of_long.tiles > 0 && of_short.tiles > 0) {
+  decodes = decodes.of_warp();
+  prefills = prefills.of_warp();
+  if (lane == 0) {
+    of_warps[0][threadIdx.x / 32] = decodes;
+    of_warps[1][threadIdx.x / 32] = prefills;
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  decodes = (lane < warps ? of_warps[0][lane] : TimeOfTiles::none()).of_warp();
+  prefills = (lane < warps ? of_warps[1][lane] : TimeOfTiles::none()).of_warp();
+  // Where nothing is decoded, a block of the other launch still waits on a multiprocessor of its own.
+  int best = prefills.tiles == 0 ? 0 : p.sm_margin > 0 ? workers - 1 : workers;
+  if (prefills.tiles > 0 && decodes.tiles > 0) {
     float least = TimeOfTiles::never;
 #pragma unroll 1
     for (int n = 1 + lane; n < workers; n += 32) {
       const float time =
-          fmaxf(of_long.until_done(p.heads_k, n, whole_tiles), of_short.until_done(p.heads_k, workers - n, false));
+          fmaxf(prefills.until_done(p.heads_k, n, whole_tiles), decodes.until_done(p.heads_k, workers - n, false));
       if (time < least) {
         least = time;
         best = n;
@@ -107,7 +142,7 @@ __device__ inline void divide_workers(const Problem& p, int short_rows, int work
     const unsigned lanes = __ballot_sync(~0U, least == -warp_max(-least));
     best = __shfl_sync(~0U, best, __ffs(lanes) - 1);
   }
-  if (lane == 0) *long_workers = best;
+  if (lane == 0) *prefill_workers = best;
 }
 
 }  // namespace mate::cuda

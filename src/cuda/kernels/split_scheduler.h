@@ -60,7 +60,7 @@ class StepCounter : public TileFinder<variant> {
     Count count;
     if (b < problem().batch) {
       count.capacity = query_capacity(problem().queries, b);
-      if (serves(a_, b)) count.tiles = worker_.tiles_of(this->tiles_of_capacity(count.capacity));
+      if (serves(a_, b, count.capacity)) count.tiles = worker_.tiles_of(this->tiles_of_capacity(count.capacity));
       count.place = problem().sequence(b);
     }
     if constexpr (variant.one_tile()) {

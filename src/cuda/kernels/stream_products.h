@@ -63,7 +63,7 @@ class RowsOfWarp {
   }
   /// Of a piece of 16 bytes.
   __device__ int piece(int row, int piece) const {
-    return offset(row / 8 * 8, piece / 8) + row % 8 * chunk_row_bytes + (piece % 8 ^ row % 8) * 16;
+    return offset(row / 8 * 8, piece / 8) + static_cast<int>(piece_offset<8>(row % 8, piece % 8));
   }
   __device__ int byte(int row, int byte) const { return piece(row, byte / 16) + byte % 16; }
 

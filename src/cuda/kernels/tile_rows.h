@@ -61,7 +61,7 @@ __device__ void clear_rows_of_no_tile(const ForwardArguments& a) {
 #pragma unroll 1
     for (int head = 0; head < p.heads_q; ++head) clear_row(p, slot, row, head, -infinity());
   };
-  if (p.ragged_queries() && a.served.which != Sequences::short_ones) {
+  if (p.ragged_queries() && a.served.which != Sequences::decodes) {
     // Those that belong to no sequence.
     const int begin = clamp(p.queries.cu_seqlens[0], 0, p.queries.rows);
     const int end = clamp(p.queries.cu_seqlens[p.batch], begin, p.queries.rows);
@@ -70,21 +70,29 @@ __device__ void clear_rows_of_no_tile(const ForwardArguments& a) {
     for (int i = blockIdx.x; i < rows; i += gridDim.x) clear(0, i < begin ? i : end + i - begin);
   }
   if constexpr (variant.one_tile()) {
-    // Those of sequences that have room for more rows than they use, or than max_seqlen_q said.
+    // Rows past its one tile, of sequences that use fewer than they have room for, or are longer than max_seqlen_q
+    // said.
     if (!p.ragged_queries() && a.served.which == Sequences::all) return;
     const int in_tile = divide(a.tile_rows, a.pack);
     const int lane = threadIdx.x % 32;
+    // Where there are more blocks of threads than runs of 32 sequences, several share the rows of one.
+    const int runs = divide(p.batch, 32) + 1;
+    const int sharers = runs < static_cast<int>(gridDim.x) ? divide(gridDim.x, runs) : 1;
+    const int sharer = divide(blockIdx.x, runs);
+    if (sharer >= sharers) return;
 #pragma unroll 1
-    for (int first = blockIdx.x * 32; first < p.batch; first += gridDim.x * 32) {
+    for (int run = static_cast<int>(blockIdx.x) - sharer * runs; run < runs; run += gridDim.x) {
+      const int first = 32 * run;
       const int b = first + lane;
-      const int capacity = b < p.batch && serves(a, b) ? query_capacity(p.queries, b) : 0;
+      int capacity = b < p.batch ? query_capacity(p.queries, b) : 0;
+      if (b < p.batch && !serves(a, b, capacity)) capacity = 0;
 #pragma unroll 1
       for (unsigned longer = __ballot_sync(~0U, capacity > in_tile); longer != 0; longer &= longer - 1) {
         const int source = __ffs(longer) - 1;
         const int first_row = p.ragged_queries() ? clamp(p.queries.cu_seqlens[first + source], 0, p.queries.rows) : 0;
         const int count = __shfl_sync(~0U, capacity, source);
 #pragma unroll 1
-        for (int i = in_tile; i < count; ++i) clear(p.query_slot(first + source), first_row + i);
+        for (int i = in_tile + sharer; i < count; i += sharers) clear(p.query_slot(first + source), first_row + i);
       }
     }
   }

@@ -17,16 +17,15 @@ class TileScheduler : TileFinder<variant> {
   /// Writes the next tile to `work`. Returns whether there was one.
   __device__ bool next(TileWork& work) {
     const bool first = index_ < 0;
-    if (first) workers_ = workers_of_launch(a_, static_cast<int>(gridDim.x));
-    index_ = first ? blockIdx.x : take();
-    const int sequence = static_cast<int>(blockIdx.x) < workers_ ? find_sequence() : -1;
+    index_ = first ? first_index() : take();
+    const int sequence = find_sequence();
     if (threadIdx.x % 32 == 0) {
       work.sequence = sequence;
       if (sequence >= 0) {
         this->locate(work);
         ptx::forget_shared_memory();
         choose_tile(work);
-      } else if (!first && index_ - workers_ == tiles_before_ - 1) {
+      } else if (!first && index_ - workers() == tiles_before_ - 1) {
         // As many are taken as there are tiles, since each is followed by a question for another: this was the last.
         *a_.counters = 0;
       }
@@ -42,9 +41,19 @@ class TileScheduler : TileFinder<variant> {
   using TileFinder<variant>::tiling;
   using TileFinder<variant>::units;
 
+  /// Blocks of threads that take tiles: not worth a register.
+  __device__ int workers() const { return workers_of_launch(a_, static_cast<int>(gridDim.x)); }
+
+  /// Blocks that have nothing to do begin behind all tiles.
+  __device__ int first_index() const {
+    const int number = static_cast<int>(blockIdx.x);
+    return number < workers() ? number : max_length;
+  }
+
   /// Of all units.
   __device__ int all_tiles_of(int b) const {
-    return serves(a_, b) ? this->tiles_of_capacity(query_capacity(problem().queries, b)) * units() : 0;
+    const int capacity = query_capacity(problem().queries, b);
+    return serves(a_, b, capacity) ? this->tiles_of_capacity(capacity) * units() : 0;
   }
 
   /// The sequence of tile index_, whose place in it becomes index_in_sequence_; -1 where there are no more.
@@ -75,7 +84,7 @@ class TileScheduler : TileFinder<variant> {
 
   __device__ int take() const {
     int taken = 0;
-    if (threadIdx.x % 32 == 0) taken = workers_ + atomicAdd(a_.counters, 1);
+    if (threadIdx.x % 32 == 0) taken = workers() + atomicAdd(a_.counters, 1);
     return __shfl_sync(~0U, taken, 0);
   }
 
@@ -97,7 +106,6 @@ class TileScheduler : TileFinder<variant> {
     work.tile = tiles - 1 - index / width;
   }
 
-  int workers_ = 0;
   int index_ = -1;
   int first_sequence_ = 0;
   int tiles_before_ = 0;  ///< of all sequences before first_sequence_; at the end, of all

@@ -8,6 +8,7 @@ inline void await_earlier_kernels() {
   for (int i = 0; i < turns; ++i) emulator::emulator_yield();
 }
 inline void let_next_kernel_begin() {}
+inline void fence_acquire() {}
 inline void begin_overlapped() {}
 
 }  // namespace mate::cuda::ptx

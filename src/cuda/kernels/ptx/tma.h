@@ -20,11 +20,10 @@ __device__ inline void load_box(void* shared, const TensorMap& map, Mbarrier& ba
       : "memory");
 }
 
-/// What the L2 cache does with what is loaded, as createpolicy encodes it: such an instruction for each load takes
-/// time.
+/// Policies of the L2 cache, as createpolicy encodes them: constants, since that instruction takes time at each load.
 enum class CachePolicy : unsigned long long { evict_normal = 0x1000000000000000, evict_first = 0x12f0000000000000 };
 
-/// It forgets first what nobody will read again.
+/// What is read once is the first to be forgotten.
 __device__ inline CachePolicy policy_of(bool read_once) {
   return read_once ? CachePolicy::evict_first : CachePolicy::evict_normal;
 }
