@@ -33,6 +33,7 @@ DECODE = [  # batch, heads, keys, page size
     (128, (64, 8), 4096, 16),
     (256, (8, 1), 2048, 16),
     (64, (32, 32), 2048, 16),
+    (60, (32, 8), 8192, 16),  # shares begin anywhere, so that heads of one token are not read at one time
 ]
 
 
@@ -42,6 +43,7 @@ DECODE_E4M3 = [
     (32, (32, 8), 2048, 16),
     (128, (64, 8), 4096, 16),
     (64, (32, 32), 2048, 16),
+    (60, (32, 8), 8192, 16),
 ]
 
 PROMPTS = [  # batch, queries, keys
@@ -112,6 +114,7 @@ def groups() -> list[Group]:
                 *(serving(f"{n} queries each on 32 x 4096", [4096] * 32, [n] * 32) for n in (2, 4, 8, 16)),
                 serving("4 prefills of 2048, 60 decodes at 8192", [2048] * 4 + [8192] * 60, [2048] * 4 + [1] * 60),
                 serving("a chunk of 512 at 16384, 31 decodes", [16384] * 32, [512] + [1] * 31),
+                serving("8 prefills of 256, 100 decodes at 2048", [256] * 8 + [2048] * 100, [256] * 8 + [1] * 100),
                 serving("one of 131072, 63 of 512", [131072] + [512] * 63),
                 serving("256 of 16 to 16384", lengths),
                 *(serving("32 x 4096", [4096] * 32, page_size=size) for size in (1, 16, 64, 256)),
