@@ -11,7 +11,7 @@ inline constexpr int counters_of_call = 2 * counters_of_launch;
 
 /// counters_of_call ints of device memory for the next call on a stream, in the current context. They are zero, and
 /// kernels leave them zero. Calls on one stream follow one another and share them; while a stream is captured each
-/// request gives new ones, since its graph may run beside anything. Never freed.
+/// call gets new ones, since its graph may run beside anything. Never freed.
 int* counters(CUstream stream);
 
 }  // namespace mate::cuda

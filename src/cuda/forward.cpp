@@ -376,8 +376,9 @@ struct PreparedForward {
   void launch() const { cuda::launch(kernel, shape, arguments); }
 };
 
-PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scratch& scratch,
-                        const ServedSequences& served) {
+/// `counters` are those of the launch.
+PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scratch& scratch, int* counters,
+                        const ServedSequences& served = {}) {
   const int multiprocessors = multiprocessors_of(p, gpu);
   ForwardArguments arguments;
   arguments.problem = p;
@@ -428,7 +429,7 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
     arguments.carried_sums = scratch.take<float>(std::int64_t{blocks} * variant.carried_sums());
   }
   const Kernel kernel = forward_kernels().load(gpu, key_of(variant), [&] { return source_of(variant); });
-  arguments.counters = counters(queue) + (served.which == Sequences::decodes ? counters_of_launch : 0);
+  arguments.counters = counters;
   return {
       kernel,
       {.grid = {static_cast<unsigned>(blocks)}, .block = {static_cast<unsigned>(variant.threads())}, .stream = queue},
@@ -483,19 +484,20 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
     if (append) append->launch();
     return;
   }
+  int* const counters_of_first = counters(queue);
   const int decode_rows = most_decode_rows(p, multiprocessors_of(p, gpu));
   if (decode_rows == 0) {
-    const PreparedForward all = prepare(p, gpu, queue, scratch, {});
+    const PreparedForward all = prepare(p, gpu, queue, scratch, counters_of_first);
     if (append) append->launch();
     all.launch();
     return;
   }
   ServedSequences served{Sequences::prefills, decode_rows, scratch.take<int>(1)};
-  const PreparedForward prefills = prepare(p, gpu, queue, scratch, served);
+  const PreparedForward prefills = prepare(p, gpu, queue, scratch, counters_of_first, served);
   const PreparedPartition partition = prepare_partition(p, gpu, queue, served, prefills.whole_tiles);
   served.which = Sequences::decodes;
   p.max_seqlen_q = std::min(p.max_seqlen_q, decode_rows);  // of those that this launch serves
-  const PreparedForward decodes = prepare(p, gpu, queue, scratch, served);
+  const PreparedForward decodes = prepare(p, gpu, queue, scratch, counters_of_first + counters_of_launch, served);
   // The last one does not wait: nothing else that lets the next begin at once may come before it.
   const UninterruptedLaunches together;
   if (append) append->launch();

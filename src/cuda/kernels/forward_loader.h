@@ -189,19 +189,13 @@ class ForwardLoader {
   template <int padded>
   __device__ void fetch_box(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, bool all_chunks,
                             ptx::Mbarrier& barrier, int head, const Places& box) const {
-    if constexpr (variant.stream()) {
-      constexpr int chunks = chunks_of(padded, key_bytes);
-      if (all_chunks) {
+    if constexpr (variant.splits) {
+      if (variant.stream() && all_chunks) {
         ptx::load_box(tile, map, barrier, policy, 0, box.row[0], 0, head, box.slot[0]);
         return;
       }
-#pragma unroll
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        ptx::load_box(tile + chunk * a_.box_keys * chunk_row_bytes, map, barrier, policy,
-                      chunk * (chunk_row_bytes / key_bytes), head, box.row[0], box.slot[0]);
-      }
-    } else if constexpr (variant.splits) {
-      load_tile<variant.block_keys, key_bytes>(tile, padded, map, barrier, policy, head, box.row[0], box.slot[0]);
+      const int rows = variant.stream() ? a_.box_keys : variant.block_keys;
+      load_keys<key_bytes>(tile, rows * chunk_row_bytes, padded, map, barrier, policy, head, box.row[0], box.slot[0]);
     } else {
       load_tile<variant.block_keys, key_bytes>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
     }

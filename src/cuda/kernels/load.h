@@ -24,14 +24,14 @@ __device__ inline void load_tile(unsigned char* tile, int head_dim, const Tensor
   }
 }
 
-/// The same of keys or values, with a policy for the L2 cache.
-template <int rows, int element_bytes>
-__device__ inline void load_tile(unsigned char* tile, int head_dim, const TensorMap& map, ptx::Mbarrier& barrier,
-                                 ptx::CachePolicy policy, int head, int row, int slot) {
+/// The same of keys or values, with a policy for the L2 cache, and chunks that are `chunk_bytes` apart.
+template <int element_bytes>
+__device__ inline void load_keys(unsigned char* tile, int chunk_bytes, int head_dim, const TensorMap& map,
+                                 ptx::Mbarrier& barrier, ptx::CachePolicy policy, int head, int row, int slot) {
 #pragma unroll
   for (int chunk = 0; chunk < chunks_of(head_dim, element_bytes); ++chunk) {
-    ptx::load_box(tile + chunk * rows * chunk_row_bytes, map, barrier, policy,
-                  chunk * (chunk_row_bytes / element_bytes), head, row, slot);
+    ptx::load_box(tile + chunk * chunk_bytes, map, barrier, policy, chunk * (chunk_row_bytes / element_bytes), head,
+                  row, slot);
   }
 }
 
