@@ -92,8 +92,14 @@ struct ForwardShared {
   ptx::Mbarrier v_fetched;  ///< of a block of values that the loader changes before consumers may have it
   ptx::Mbarrier weighed[variant.consumers_of_row()];  ///< a block, by each of the consumers of the same rows
 
-  /// Where keys will be, before there are any.
-  __device__ BatchSteps& batch_steps() { return *reinterpret_cast<BatchSteps*>(k_tiles); }
+  /// Where keys will be fetched to, before there are any.
+  __device__ BatchSteps& batch_steps() {
+    if constexpr (variant.widens()) {
+      return *reinterpret_cast<BatchSteps*>(&fetched_k_tiles);
+    } else {
+      return *reinterpret_cast<BatchSteps*>(k_tiles);
+    }
+  }
 
   __device__ void init() {
     constexpr int producers = variant.gather ? variant.loader_warps() * 32 : 1;
