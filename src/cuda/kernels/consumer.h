@@ -122,14 +122,25 @@ class Consumer {
     ptx::wgmma_commit();
   }
 
-  /// Starts sums += weights x values.
-  __device__ static void start_values(const unsigned (&weights)[weight_words], Sums sums, unsigned v) {
+  /// Whether the first values of a part replace the sums. Else these are 0 then: registers are too few to tell when.
+  static constexpr bool replaces_sums = variant.scores_ahead() && !variant.splits && !variant.e4m3;
+
+  /// Starts sums += weights x values; or, where they are not `any_sums` yet, sums = weights x values.
+  __device__ static void start_values(const unsigned (&weights)[weight_words], Sums sums, unsigned v,
+                                      [[maybe_unused]] bool any_sums = true) {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < steps_of(variant.block_keys); ++step) {
       for_columns([&]<int columns, int first_column>() {
-        ptx::wgmma<variant.element(), columns, first_column / 2>(sums, weights + 4 * step,
-                                                                 values_of_step(v, step, first_column));
+        const unsigned* const a = weights + 4 * step;
+        const unsigned b = values_of_step(v, step, first_column);
+        if constexpr (replaces_sums) {
+          if (step == 0) {
+            ptx::wgmma<variant.element(), columns, first_column / 2, true>(sums, a, b, any_sums);
+            return;
+          }
+        }
+        ptx::wgmma<variant.element(), columns, first_column / 2>(sums, a, b);
       });
     }
     ptx::wgmma_commit();

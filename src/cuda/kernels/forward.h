@@ -69,6 +69,7 @@ class ForwardConsumer : Consumer<variant> {
   using Consumer<variant>::query_matrix;
   using Consumer<variant>::release_queries_at;
   using Consumer<variant>::release_tile;
+  using Consumer<variant>::replaces_sums;
   using Consumer<variant>::results_;
   using Consumer<variant>::shared_;
   using Consumer<variant>::start_scores;
@@ -84,6 +85,7 @@ class ForwardConsumer : Consumer<variant> {
   __device__ bool consume(TilePlace& tile) {
     int n = work_of(tile).blocks.end - 1;
     float sums[variant.head_dim_v / 2] = {};
+    bool any_sums = false;
     float scores[keys / 2];
     unsigned weights[weight_words];
     float rescale[rows_of_thread];
@@ -115,7 +117,7 @@ class ForwardConsumer : Consumer<variant> {
         await_values();
         do {
           --n;
-          start_products(tile, scores, weights, sums);
+          start_products(tile, scores, weights, sums, any_sums);
           release_keys();
           release_queries_at(tile, n);
           this->modify_scores(scores, tile);
@@ -153,7 +155,7 @@ class ForwardConsumer : Consumer<variant> {
         --n;
         await_keys();
         await_values();
-        start_products(next, scores, weights, sums);
+        start_products(next, scores, weights, sums, any_sums);
         release_keys();
         release_queries_at(next, n);
         this->modify_scores(scores, next);
@@ -165,7 +167,7 @@ class ForwardConsumer : Consumer<variant> {
         this->round_weights(scores, weights);
       } else {
         await_values();
-        start_values(weights, sums, value_matrix(next_.before(1)));
+        start_values(weights, sums, value_matrix(next_.before(1)), any_sums);
         ptx::wgmma_wait<0>();
         ptx::hold(sums);
         if (skips) release(shared_.v.empty[next_.before(1).stage()]);
@@ -179,8 +181,7 @@ class ForwardConsumer : Consumer<variant> {
           tile = next;
           if (!more) return skips;
         }
-#pragma unroll
-        for (float& sum : sums) sum = 0;
+        forget_sums(sums, any_sums);
       } else {
         if (__any_sync(~0U, rescales)) scale_rows<variant.head_dim_v>(sums, rescale);
         if (carried.is_due(n)) carried.carry(sums, softmax, n);
@@ -208,15 +209,25 @@ class ForwardConsumer : Consumer<variant> {
     release_tile(tile);
   }
 
+  /// Before the first values of another part are added.
+  __device__ static void forget_sums(Sums sums, bool& any_sums) {
+    any_sums = false;
+    if constexpr (replaces_sums) return;
+#pragma unroll
+    for (int i = 0; i < variant.head_dim_v / 2; ++i) sums[i] = 0;
+  }
+
   /// Starts the scores of the next block, of `tile`, and the values of this one, which are there, and waits for the
   /// scores.
-  __device__ void start_products(TilePlace tile, ScoreTile scores, const unsigned (&weights)[weight_words], Sums sums) {
+  __device__ void start_products(TilePlace tile, ScoreTile scores, const unsigned (&weights)[weight_words], Sums sums,
+                                 bool& any_sums) {
     const unsigned q = query_matrix(tile);
     const unsigned k = key_matrix();
     const unsigned v = value_matrix(next_.before(1));
     if constexpr (variant.warpgroups > 1) await_turn();
     start_scores(scores, q, k);
-    start_values(weights, sums, v);
+    start_values(weights, sums, v, any_sums);
+    any_sums = true;
     if constexpr (variant.warpgroups > 1) pass_turn();
     ptx::wgmma_wait<1>();
     ptx::hold(scores);

@@ -40,9 +40,11 @@ float element_at(unsigned matrix, int row, int k) {
   return element_of<element>(bits, 0);
 }
 
-/// d += a (64, K) b^T, of whose rows a thread has two, and two of every eight of the other's: see accumulator.h.
+/// d = a (64, K) b^T, plus d where `accumulate`, of whose rows a thread has two, and two of every eight of the other's:
+/// see accumulator.h.
 template <ElementType element, int n, Major major, int first, int size, int sum>
-void add_product(float (&d)[size], const float (&a)[2][sum], unsigned b_matrix) {
+void multiply(float (&d)[size], const float (&a)[2][sum], unsigned b_matrix, int accumulate) {
+  if (accumulate == 0) std::memset(d + first, 0, n / 2 * sizeof(float));
   for (int j = 0; j < n / 8; ++j) {
     for (int c = 0; c < 2; ++c) {
       const int row = 8 * j + matrix_column() + c;
@@ -65,12 +67,11 @@ void wgmma(float (&d)[size], unsigned a_matrix, unsigned b_matrix, int accumulat
     const int row = static_cast<int>(threadIdx.x % 128 / 32) * 16 + matrix_row() + 8 * i;
     for (int k = 0; k < sum_of<element>; ++k) a[i][k] = element_at<element, Major::k>(a_matrix, row, k);
   }
-  if (accumulate == 0) std::memset(d + first, 0, n / 2 * sizeof(float));
-  add_product<element, n, b_major, first>(d, a, b_matrix);
+  multiply<element, n, b_major, first>(d, a, b_matrix, accumulate);
 }
 
-template <ElementType element, int n, int first = 0, int size>
-void wgmma(float (&d)[size], const unsigned* a, unsigned b_matrix) {
+template <ElementType element, int n, int first = 0, bool may_replace = false, int size>
+void wgmma(float (&d)[size], const unsigned* a, unsigned b_matrix, int accumulate = 1) {
   constexpr int elements = 4 / bytes_of(element);  // of a word
   constexpr Major b_major = element == ElementType::float8_e4m3 ? Major::k : Major::mn;
   struct Words {
@@ -85,7 +86,7 @@ void wgmma(float (&d)[size], const unsigned* a, unsigned b_matrix) {
       rows[i][k] = element_of<element>(all[4 * matrix_row() + lane].of[2 * half + i], k % elements);
     }
   }
-  add_product<element, n, b_major, first>(d, rows, b_matrix);
+  multiply<element, n, b_major, first>(d, rows, b_matrix, accumulate);
 }
 
 }  // namespace mate::cuda::ptx

@@ -87,12 +87,21 @@ __device__ inline unsigned advance(unsigned matrix, int bytes) { return matrix +
                            ".f32." type "." type " {" MATE_TEXT_##count "}, a, b, go, 1, 1" order ";\n}"         \
                : MATE_OUT_##count                                                                                \
                : "r"(a_matrix), "r"(b_matrix), "r"(accumulate), "n"(b_major == Major::mn))
-#define MATE_WGMMA_REGISTERS(k, type, n, count, a0, a1, a2, a3, b, order)                                   \
-  asm volatile("{\n" MATE_DESCRIPTOR("b", b) "wgmma.mma_async.sync.aligned.m64n" #n k ".f32." type "." type \
-                                             " {" MATE_TEXT_##count "}, {%" a0 ", %" a1 ", %" a2 ", %" a3   \
-                                                                    "}, b, 1, 1, 1" order ";\n}"            \
-               : MATE_OUT_##count                                                                           \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_matrix))
+#define MATE_WGMMA_REGISTERS(k, type, n, count, a0, a1, a2, a3, b, go, order)                                       \
+  if constexpr (may_replace) {                                                                                      \
+    asm volatile("{\n" MATE_DESCRIPTOR("b", b) ".reg .pred go;\nsetp.ne.b32 go, %" go                               \
+                                               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n k ".f32." type "." type \
+                                               " {" MATE_TEXT_##count "}, {%" a0 ", %" a1 ", %" a2 ", %" a3         \
+                                                                      "}, b, go, 1, 1" order ";\n}"                 \
+                 : MATE_OUT_##count                                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_matrix), "r"(accumulate));                     \
+  } else {                                                                                                          \
+    asm volatile("{\n" MATE_DESCRIPTOR("b", b) "wgmma.mma_async.sync.aligned.m64n" #n k ".f32." type "." type       \
+                                               " {" MATE_TEXT_##count "}, {%" a0 ", %" a1 ", %" a2 ", %" a3         \
+                                                                      "}, b, 1, 1, 1" order ";\n}"                  \
+                 : MATE_OUT_##count                                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_matrix));                                      \
+  }
 
 /// d (64, n) = a (64, K) b (n, K)^T, plus d where `accumulate`: both in shared memory, K-major unless b, of 16 bits, is
 /// MN-major. d is the registers of an accumulator from `first` on.
@@ -126,34 +135,36 @@ __device__ inline void wgmma(float (&d)[size], unsigned a_matrix, unsigned b_mat
 #undef MATE_CASE
 }
 
-/// d (64, n) += a (64, K) b (K, n): a in registers, b in shared memory, MN-major, or of e4m3, K-major; d likewise.
-template <ElementType element, int n, int first = 0, int size>
-__device__ inline void wgmma(float (&d)[size], const unsigned* a, unsigned b_matrix) {
+/// d (64, n) += a (64, K) b (K, n): a in registers, b in shared memory, MN-major, or of e4m3, K-major; d likewise. If
+/// it `may_replace` d, it does so where `accumulate` is 0.
+template <ElementType element, int n, int first = 0, bool may_replace = false, int size>
+__device__ inline void wgmma(float (&d)[size], const unsigned* a, unsigned b_matrix,
+                             [[maybe_unused]] int accumulate = 1) {
   static_assert(n % 16 == 0 && n >= 16 && n <= 256 && first + n / 2 <= size);
-#define MATE_CASE(size, count, a0, a1, a2, a3, b)                               \
-  if constexpr (n == size && element == ElementType::bfloat16) {                \
-    MATE_WGMMA_REGISTERS("k16", "bf16", size, count, a0, a1, a2, a3, b, ", 1"); \
-  } else if constexpr (n == size && element == ElementType::float16) {          \
-    MATE_WGMMA_REGISTERS("k16", "f16", size, count, a0, a1, a2, a3, b, ", 1");  \
-  } else if constexpr (n == size) {                                             \
-    MATE_WGMMA_REGISTERS("k32", "e4m3", size, count, a0, a1, a2, a3, b, "");    \
+#define MATE_CASE(size, count, a0, a1, a2, a3, b, go)                               \
+  if constexpr (n == size && element == ElementType::bfloat16) {                    \
+    MATE_WGMMA_REGISTERS("k16", "bf16", size, count, a0, a1, a2, a3, b, go, ", 1"); \
+  } else if constexpr (n == size && element == ElementType::float16) {              \
+    MATE_WGMMA_REGISTERS("k16", "f16", size, count, a0, a1, a2, a3, b, go, ", 1");  \
+  } else if constexpr (n == size) {                                                 \
+    MATE_WGMMA_REGISTERS("k32", "e4m3", size, count, a0, a1, a2, a3, b, go, "");    \
   }
-  MATE_CASE(16, 1, "8", "9", "10", "11", "12")
-  MATE_CASE(32, 2, "16", "17", "18", "19", "20")
-  MATE_CASE(48, 3, "24", "25", "26", "27", "28")
-  MATE_CASE(64, 4, "32", "33", "34", "35", "36")
-  MATE_CASE(80, 5, "40", "41", "42", "43", "44")
-  MATE_CASE(96, 6, "48", "49", "50", "51", "52")
-  MATE_CASE(112, 7, "56", "57", "58", "59", "60")
-  MATE_CASE(128, 8, "64", "65", "66", "67", "68")
-  MATE_CASE(144, 9, "72", "73", "74", "75", "76")
-  MATE_CASE(160, 10, "80", "81", "82", "83", "84")
-  MATE_CASE(176, 11, "88", "89", "90", "91", "92")
-  MATE_CASE(192, 12, "96", "97", "98", "99", "100")
-  MATE_CASE(208, 13, "104", "105", "106", "107", "108")
-  MATE_CASE(224, 14, "112", "113", "114", "115", "116")
-  MATE_CASE(240, 15, "120", "121", "122", "123", "124")
-  MATE_CASE(256, 16, "128", "129", "130", "131", "132")
+  MATE_CASE(16, 1, "8", "9", "10", "11", "12", "13")
+  MATE_CASE(32, 2, "16", "17", "18", "19", "20", "21")
+  MATE_CASE(48, 3, "24", "25", "26", "27", "28", "29")
+  MATE_CASE(64, 4, "32", "33", "34", "35", "36", "37")
+  MATE_CASE(80, 5, "40", "41", "42", "43", "44", "45")
+  MATE_CASE(96, 6, "48", "49", "50", "51", "52", "53")
+  MATE_CASE(112, 7, "56", "57", "58", "59", "60", "61")
+  MATE_CASE(128, 8, "64", "65", "66", "67", "68", "69")
+  MATE_CASE(144, 9, "72", "73", "74", "75", "76", "77")
+  MATE_CASE(160, 10, "80", "81", "82", "83", "84", "85")
+  MATE_CASE(176, 11, "88", "89", "90", "91", "92", "93")
+  MATE_CASE(192, 12, "96", "97", "98", "99", "100", "101")
+  MATE_CASE(208, 13, "104", "105", "106", "107", "108", "109")
+  MATE_CASE(224, 14, "112", "113", "114", "115", "116", "117")
+  MATE_CASE(240, 15, "120", "121", "122", "123", "124", "125")
+  MATE_CASE(256, 16, "128", "129", "130", "131", "132", "133")
 #undef MATE_CASE
 }
 
