@@ -55,7 +55,7 @@ void verify_appended(const Problem& problem, const ArgumentNames& names) {
     std::int64_t at = sequence.append_at;
     const std::int64_t end = at + sequence.new_keys;
     while (at < end) {
-      const Location first = locate_position(keys, sequence, at);
+      const Location first = locate_position(keys, sequence, static_cast<unsigned>(at));
       const std::int64_t count = std::min<std::int64_t>(end - at, keys.rows - first.row);
       appended.push_back({first.slot, first.row, first.row + count, b});
       at += count;

@@ -134,15 +134,20 @@ constexpr long long page_of(const KeyLayout& keys, const Sequence& sequence, lon
   return keys.page_table[sequence.cache_row * keys.page_table_stride + index];
 }
 
-/// Where the row at `position` of a sequence's cache row (or, when ragged, of the whole tensor) stands.
-constexpr Location locate_position(const KeyLayout& keys, const Sequence& sequence, long long position) {
-  if (!keys.paged()) return {sequence.cache_row, position};
-  return {page_of(keys, sequence, position / keys.rows), position % keys.rows};
+/// Where the row at `position` of a sequence's cache row stands, where rows are paged.
+constexpr Location locate_in_pages(const KeyLayout& keys, const Sequence& sequence, unsigned position) {
+  const unsigned page = position / static_cast<unsigned>(keys.rows);
+  return {page_of(keys, sequence, page), position - page * static_cast<unsigned>(keys.rows)};
+}
+
+/// The same of any rows; of ragged ones the position is that in the whole tensor.
+constexpr Location locate_position(const KeyLayout& keys, const Sequence& sequence, unsigned position) {
+  return keys.paged() ? locate_in_pages(keys, sequence, position) : Location{sequence.cache_row, position};
 }
 
 /// Where key j of a sequence stands.
 constexpr Location locate_key(const KeyLayout& keys, const Sequence& sequence, int j) {
-  return locate_position(keys, sequence, static_cast<long long>(sequence.first_k) + j);
+  return locate_position(keys, sequence, static_cast<unsigned>(sequence.first_k) + static_cast<unsigned>(j));
 }
 
 }  // namespace mate

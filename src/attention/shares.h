@@ -83,9 +83,6 @@ class AlignedCut {
 /// Blocks of a step. Those of a tile with few rows take less time.
 constexpr int blocks_of_step(bool few_rows) { return few_rows ? 2 : 1; }
 
-/// 32 bits, and not negative: GPUs divide other numbers slowly.
-constexpr int divide(int a, int b) { return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b)); }
-
 /// How the blocks of keys that a tile needs are cut: at multiples of `distance` from `origin` on, which is not behind
 /// them.
 struct TileCut {

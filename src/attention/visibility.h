@@ -37,6 +37,9 @@ struct KeyRange {
   constexpr int size() const { return empty() ? 0 : end - begin; }
 };
 
+/// 32 bits, and not negative: GPUs divide other numbers slowly.
+constexpr int divide(int a, int b) { return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b)); }
+
 /// a / b, rounded down, for -2**32 <= a < 2**32 and b > 0: GPUs divide 64-bit numbers slowly, in many registers.
 constexpr long long floor_divide(long long a, int b) {
   const auto divisor = static_cast<unsigned>(b);

@@ -45,7 +45,7 @@ void append(const Problem& problem, const Plan& plan) {
     const Sequence sequence = problem.sequence(b);
     const int new_slot = packed ? 0 : b;
     for (int t = first; t < std::min(sequence.new_keys, first + rows_of_task); ++t) {
-      const Location to = locate_position(problem.keys, sequence, std::int64_t{sequence.append_at} + t);
+      const Location to = locate_position(problem.keys, sequence, sequence.append_at + t);
       const int from = sequence.first_new + t;
       for (int head = 0; head < problem.heads_k; ++head) {
         write_row(kernel, problem.k_new.at(new_slot, from, head), problem.k_new.type, rotary,

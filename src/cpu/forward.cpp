@@ -387,7 +387,7 @@ class TileAttention {
     if (block.columns.empty()) return;
     const std::int64_t key_step_bytes = problem_.k.row_stride * bytes_of(problem_.k.type);
     const std::int64_t value_step_bytes = problem_.v.row_stride * bytes_of(problem_.v.type);
-    const std::int64_t position = std::int64_t{sequence_.first_k} + first_key + block.columns.begin;
+    const int position = sequence_.first_k + first_key + block.columns.begin;
     Location location = locate_position(problem_.keys, sequence_, position);
     std::int64_t page = problem_.keys.paged() ? position / problem_.keys.rows : 0;
     for (int column = block.columns.begin; column < block.columns.end;) {

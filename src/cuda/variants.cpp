@@ -295,8 +295,8 @@ KernelSource scheduler_metadata_source(int block_keys) {
 KernelSource append_source(const AppendTypes& types) {
   KernelSource source;
   source.name = join("append_", name_of(types.added), "_to_", name_of(types.key), "_for_", name_of(types.query));
-  source.text = join("#include \"append.h\"\n\nextern \"C\" __global__ void ", source.name,
-                     "(const __grid_constant__ mate::cuda::AppendArguments arguments) {\n",
+  source.text = join("#include \"append.h\"\n\nextern \"C\" __global__ void __launch_bounds__(", append_threads, ") ",
+                     source.name, "(const __grid_constant__ mate::cuda::AppendArguments arguments) {\n",
                      "  mate::cuda::append<mate::cuda::AppendTypes{mate::ElementType::", name_of(types.query),
                      ", mate::ElementType::", name_of(types.added), ", mate::ElementType::", name_of(types.key),
                      "}>(arguments);\n}\n");

@@ -5,6 +5,9 @@
 
 namespace mate::cuda {
 
+/// Threads of a block: many, so that blocks are few, beside which none of the next kernel has room.
+inline constexpr int append_threads = 512;
+
 /// What is appended to what, and what is rotated.
 struct AppendTypes {
   ElementType query = ElementType::bfloat16;

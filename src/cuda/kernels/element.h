@@ -27,15 +27,22 @@ __device__ inline unsigned pack(float first, float second) {
   return ptx::pack_float16(first, second);
 }
 
-/// One element of a type that is known when the kernel runs, as float32.
+/// One element of a type that is known when the kernel runs, given its bits, as float32. Without branches.
+__device__ inline float widen_bits(unsigned bits, ElementType type) {
+  const float of_half = widen_halves(type == ElementType::float8_e4m3 ? widen_e4m3(bits) : bits).x;
+  const unsigned wide = type == ElementType::bfloat16 ? bits << 16 : bits;
+  return type == ElementType::bfloat16 || type == ElementType::float32 ? __int_as_float(wide) : of_half;
+}
+
+/// The same, read from memory, with a branch for each type.
 __device__ inline float widen(const void* element, ElementType type) {
   if (type == ElementType::float32) return *static_cast<const float*>(element);
   if (type == ElementType::float8_e4m3) {
-    return widen_halves(widen_e4m3(*static_cast<const unsigned char*>(element))).x;
+    return widen_bits(*static_cast<const unsigned char*>(element), ElementType::float8_e4m3);
   }
   const auto bits = *static_cast<const unsigned short*>(element);
-  if (type == ElementType::bfloat16) return __int_as_float(bits << 16);
-  return widen_halves(bits).x;
+  if (type == ElementType::bfloat16) return widen_bits(bits, ElementType::bfloat16);
+  return widen_bits(bits, ElementType::float16);
 }
 
 /// Rounds float32 to an element. e4m3 saturates to its largest number, and keeps NaN.

@@ -16,9 +16,8 @@ struct KeyPlace {
 };
 
 __device__ inline KeyPlace place_of_key(const KeyLayout& keys, const Sequence& sequence, int key) {
-  const unsigned position = static_cast<unsigned>(sequence.first_k) + key;
-  const unsigned page = position / static_cast<unsigned>(keys.rows);
-  return {static_cast<int>(page_of(keys, sequence, page)), static_cast<int>(position - page * keys.rows)};
+  const Location at = locate_in_pages(keys, sequence, static_cast<unsigned>(sequence.first_k) + key);
+  return {static_cast<int>(at.slot), static_cast<int>(at.row)};
 }
 
 /// Keys of a block, or the first of those that lie side by side. What no row sees is nowhere: slot -1. Neither it nor
