@@ -9,8 +9,12 @@ from typing import Any, SupportsFloat, SupportsIndex
 import torch
 from torch import Tensor
 
+# What callers may write for an integer, and for a number.
+Index = SupportsIndex
+Number = SupportsFloat
 
-def integer(name: str, value: SupportsIndex) -> int:
+
+def integer(name: str, value: Index) -> int:
     if type(value) is int:
         return value
     if isinstance(value, torch.SymInt):  # of a graph that is being traced: a number would fix it
@@ -21,11 +25,7 @@ def integer(name: str, value: SupportsIndex) -> int:
         raise TypeError(f"{name} must be an integer, got {_describe(value)}") from None
 
 
-def optional_integer(name: str, value: SupportsIndex | None) -> int | None:
-    return None if value is None else integer(name, value)
-
-
-def number(name: str, value: SupportsFloat) -> float:
+def number(name: str, value: Number) -> float:
     if type(value) is float:
         return value
     if isinstance(value, torch.SymFloat):
@@ -50,33 +50,18 @@ def boolean(name: str, value: object) -> bool:
         raise TypeError(f"{name} must be a bool, got {_describe(value)}") from None
 
 
-def optional_boolean(name: str, value: object) -> bool | None:
-    return None if value is None else boolean(name, value)
-
-
-def optional_number(name: str, value: SupportsFloat | None) -> float | None:
-    return None if value is None else number(name, value)
-
-
-def window(window_size: Sequence[SupportsIndex | None]) -> tuple[int, int]:
-    """(left, right), where a negative number is no bound, as is None."""
+def window(window_size: Sequence[Any]) -> tuple[Any, Any]:
+    """(left, right), as they were given."""
     try:
         left, right = window_size
+        return left, right
     except TypeError:
         raise TypeError(f"window_size must be a sequence of two integers, got {_describe(window_size)}") from None
     except ValueError:
         raise ValueError(f"window_size must have two elements, got {window_size!r}") from None
-    return (
-        -1 if left is None else integer("window_size", left),
-        -1 if right is None else integer("window_size", right),
-    )
 
 
-def chunk(attention_chunk: SupportsIndex | None) -> int:
-    return 0 if attention_chunk is None else integer("attention_chunk", attention_chunk)
-
-
-def same_length(name: str, value: SupportsIndex, batch: int, device: torch.device | None) -> Tensor:
+def same_length(name: str, value: Index, batch: int, device: torch.device | None) -> Tensor:
     """One length for all sequences, as a tensor (batch,)."""
     length = integer(name, value)
     if not 0 <= length < 2**31:
@@ -100,12 +85,14 @@ def one_of(**aliases: Any) -> Any:
 
 def contiguous_rows(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy where its last dimension is not contiguous."""
-    check_tensor(name, tensor)
     try:
         # The first question is the cheaper one, and enough for most.
         if tensor.is_contiguous() or tensor.stride(-1) == 1:
             return tensor
         return tensor.contiguous()
+    except AttributeError:
+        check_tensor(name, tensor)
+        raise
     except RuntimeError:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}") from None
 

@@ -6,12 +6,14 @@ schemas of PyTorch's operators from them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from mate import _library
+from mate._arguments import Index, Number, boolean, integer, number
 
 # How the calling function calls its arguments, for messages: AttentionCall.names, an index.
 PLAIN_NAMES, CACHE_NAMES, PACKED_NAMES = range(3)
@@ -23,20 +25,42 @@ _USER_NAMES: tuple[dict[str, str], ...] = (
 
 
 class AttentionCall(NamedTuple):
-    """All that ``mate::attention`` takes but its results; include/mate/attention.h says what each field means."""
+    """All that ``mate::attention`` takes but its results; include/mate/attention.h says what each field means.
 
+    Make it by position: by keyword that takes two microseconds more.
+    """
+
+    # What all functions have comes first, so that the others need not say what they leave out.
     names: int
     q: Tensor
     k: Tensor
     v: Tensor
-    qv: Tensor | None = None
+    qv: Tensor | None
+    softmax_scale: Number | None
+    causal: bool
+    window_left: Index | None
+    window_right: Index | None
+    attention_chunk: Index | None
+    softcap: Number
+    q_descale: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
+    learnable_sink: Tensor | None
+    cp_world_size: Index
+    cp_rank: Index
+    cp_tot_seqused_k: Tensor | None
+    num_splits: Index
+    pack_gqa: bool | None
+    sm_margin: Index
+    batch_invariant: bool
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     seqused_q: Tensor | None = None
     seqused_k: Tensor | None = None
-    max_seqlen_q: int | None = None
-    max_seqlen_k: int | None = None
+    max_seqlen_q: Index | None = None
+    max_seqlen_k: Index | None = None
     page_table: Tensor | None = None
+    scheduler_metadata: Tensor | None = None
     cache_batch_idx: Tensor | None = None
     cache_leftpad: Tensor | None = None
     k_new: Tensor | None = None
@@ -46,24 +70,6 @@ class AttentionCall(NamedTuple):
     rotary_sin: Tensor | None = None
     rotary_seqlens: Tensor | None = None
     rotary_interleaved: bool = True
-    softmax_scale: float | None = None
-    causal: bool = False
-    window_left: int = -1
-    window_right: int = -1
-    attention_chunk: int = 0
-    softcap: float = 0.0
-    q_descale: Tensor | None = None
-    k_descale: Tensor | None = None
-    v_descale: Tensor | None = None
-    learnable_sink: Tensor | None = None
-    cp_world_size: int = 1
-    cp_rank: int = 0
-    cp_tot_seqused_k: Tensor | None = None
-    num_splits: int = 1
-    pack_gqa: bool | None = None
-    sm_margin: int = 0
-    scheduler_metadata: Tensor | None = None
-    batch_invariant: bool = False
 
     def new_out(self) -> Tensor:
         """An uninitialised ``out``, as the library makes it, for what traces a call."""
@@ -90,7 +96,8 @@ class AttentionCall(NamedTuple):
             made: Tensor | None = _library.attention(*self, out, lse)
             return out if made is None else made  # type: ignore[return-value]
         except Exception as error:
-            raise _explained(error, self, out) from None
+            plain = _plain_if_refused(error, self, out)
+        return plain.run(out, lse)
 
 
 class CombineCall(NamedTuple):
@@ -119,12 +126,12 @@ class SchedulerMetadataCall(NamedTuple):
     """All that ``mate::scheduler_metadata`` takes but its result."""
 
     batch_size: int
-    max_seqlen_q: int
-    max_seqlen_k: int
-    num_heads_q: int
-    num_heads_kv: int
-    headdim: int
-    headdim_v: int | None
+    max_seqlen_q: Index
+    max_seqlen_k: Index
+    num_heads_q: Index
+    num_heads_kv: Index
+    headdim: Index
+    headdim_v: Index | None
     qkv_dtype: torch.dtype
     kv_dtype: torch.dtype | None
     cache_seqlens: Tensor | None
@@ -133,19 +140,19 @@ class SchedulerMetadataCall(NamedTuple):
     cu_seqlens_k_new: Tensor | None
     seqused_q: Tensor | None
     cache_leftpad: Tensor | None
-    page_size: int | None
-    max_seqlen_k_new: int
+    page_size: Index | None
+    max_seqlen_k_new: Index
     causal: bool
-    window_left: int
-    window_right: int
-    attention_chunk: int
+    window_left: Index | None
+    window_right: Index | None
+    attention_chunk: Index | None
     has_softcap: bool
     has_qv: bool
-    num_splits: int
+    num_splits: Index
     pack_gqa: bool | None
-    sm_margin: int
-    cp_world_size: int
-    cp_rank: int
+    sm_margin: Index
+    cp_world_size: Index
+    cp_rank: Index
     cp_tot_seqused_k: Tensor | None
     batch_invariant: bool
 
@@ -164,16 +171,63 @@ class SchedulerMetadataCall(NamedTuple):
             made: Tensor | None = _library.scheduler_metadata(*self, out)
             return out if made is None else made  # type: ignore[return-value]
         except Exception as error:
-            raise _explained(error, self, out) from None
+            plain = _plain_if_refused(error, self, out)
+        return plain.run(out)
+
+
+# The library takes plain numbers alone, and refuses others before it does anything: what a caller may write besides is
+# made plain only then, since to look at each of them would cost every call a microsecond.
+_Call = TypeVar("_Call", AttentionCall, SchedulerMetadataCall)
+_PLAIN_VALUE: dict[str, Callable[[str, Any], Any]] = {
+    "int": integer,
+    "Index": integer,
+    "Number": number,
+    "bool": boolean,
+}
+# FlashAttention-3's callers write None for these.
+_NONE_IS = {"attention_chunk": 0, "window_left": -1, "window_right": -1}
+
+
+def fields_of(call: type) -> dict[str, str]:
+    """The fields of a call and their annotations, as written."""
+    return {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in call.__annotations__.items()}
+
+
+def make_plain(call: _Call) -> _Call:
+    """The call with plain numbers. Raises TypeError or ValueError, with the argument's name, for what is none."""
+    values: dict[str, Any] = {}
+    for (field, annotation), value in zip(fields_of(type(call)).items(), call):
+        kind, *optional = annotation.split(" | ")
+        if value is None:
+            value = _NONE_IS.get(field)
+        if kind in _PLAIN_VALUE and not (value is None and optional):
+            value = _PLAIN_VALUE[kind](_user_name(call, field), value)
+        values[field] = value
+    return call._replace(**values)
+
+
+def _plain_if_refused(error: Exception, call: _Call, out: object) -> _Call:
+    """What to try in place of a call that the library has refused. Raises what there is to say, if there is nothing."""
+    if isinstance(error, TypeError):
+        made = make_plain(call)
+        if any(a is not b for a, b in zip(made, call)):
+            return made
+    raise _explained(error, call, out) from None
+
+
+def _user_name(call: object, field: str) -> str:
+    """How the caller calls an argument."""
+    names = _USER_NAMES[getattr(call, "names", PLAIN_NAMES)]
+    return "window_size" if field.startswith("window") else names.get(field, field)
 
 
 def _explained(error: Exception, call: Any, out: object) -> Exception:
     """The error to raise for one of the library's: its own, unless an argument could not even be handed to it."""
-    names = _USER_NAMES[getattr(call, "names", PLAIN_NAMES)]
+    annotations = fields_of(type(call))
     tensors = []
     for field, value in (*call._asdict().items(), ("out", out)):
-        name = names.get(field, field)
-        annotation = str(call.__annotations__.get(field, "Tensor | None"))
+        name = _user_name(call, field)
+        annotation = annotations.get(field, "Tensor | None")
         if "Tensor" in annotation:
             if value is None and "None" in annotation:
                 continue
@@ -183,7 +237,6 @@ def _explained(error: Exception, call: Any, out: object) -> Exception:
                 return TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
             tensors.append((name, value.device))
         elif type(value) is int and not -(2**63) <= value < 2**63:
-            name = "window_size" if field.startswith("window") else name
             return ValueError(f"{name} must fit in 64 bits, got {value}")
     if not tensors or all(device.type in ("cpu", "cuda") for _, device in tensors):
         return error

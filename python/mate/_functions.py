@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from mate._arguments import (
-    boolean,
+    Index,
+    Number,
     check_tensor,
-    chunk,
     contiguous_rows,
     dtype,
     integer,
-    number,
     one_of,
-    optional_boolean,
-    optional_integer,
-    optional_number,
     same_length,
     window,
 )
@@ -33,11 +28,7 @@ from mate._calls import (
 )
 from mate._dispatch import run_attention, run_combine, run_scheduler_metadata
 
-_NAMES = {"flash_attn_with_kvcache": CACHE_NAMES, "flash_attn_qkvpacked_func": PACKED_NAMES}
-
-Index = SupportsIndex
-Number = SupportsFloat
-Window = Sequence["SupportsIndex | None"]
+Window = Sequence["Index | None"]
 
 
 def flash_attn_func(
@@ -120,33 +111,33 @@ def flash_attn_func(
 
     Nothing has been written when an error is raised. Source: https://arxiv.org/abs/2407.08608 (FlashAttention-3).
     """
-    return _attention(
-        "flash_attn_func",
+    left, right = window(window_size)
+    call = AttentionCall(
+        PLAIN_NAMES,
         contiguous_rows("q", q),
         contiguous_rows("k", k),
         contiguous_rows("v", v),
-        qv=qv,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        learnable_sink=learnable_sink,
-        sinks=sinks,
-        s_aux=s_aux,
-        cp_world_size=cp_world_size,
-        cp_rank=cp_rank,
-        cp_tot_seqused_k=cp_tot_seqused_k,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        sm_margin=sm_margin,
-        batch_invariant=batch_invariant,
-        out=out,
-        return_lse=_return_lse(return_attn_probs, return_softmax_lse),
+        None if qv is None else contiguous_rows("qv", qv),
+        softmax_scale,
+        causal,
+        left,
+        right,
+        attention_chunk,
+        softcap,
+        q_descale,
+        k_descale,
+        v_descale,
+        _sink(learnable_sink, sinks, s_aux),
+        cp_world_size,
+        cp_rank,
+        cp_tot_seqused_k,
+        num_splits,
+        pack_gqa,
+        sm_margin,
+        batch_invariant,
     )
+    return_lse = _return_lse(return_attn_probs, return_softmax_lse)
+    return _attention("flash_attn_func", call, out, return_lse, sinks, s_aux)
 
 
 def flash_attn_varlen_func(
@@ -213,42 +204,41 @@ def flash_attn_varlen_func(
     """
     page_table = _page_table(page_table, block_table)
     is_cache = page_table is not None
-    return _attention(
-        "flash_attn_varlen_func",
+    left, right = window(window_size)
+    call = AttentionCall(
+        PLAIN_NAMES,
         contiguous_rows("q", q),
         k if is_cache else contiguous_rows("k", k),
         v if is_cache else contiguous_rows("v", v),
-        qv=qv,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        page_table=page_table,
-        block_table=block_table,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        learnable_sink=learnable_sink,
-        sinks=sinks,
-        s_aux=s_aux,
-        cp_world_size=cp_world_size,
-        cp_rank=cp_rank,
-        cp_tot_seqused_k=cp_tot_seqused_k,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        sm_margin=sm_margin,
-        scheduler_metadata=scheduler_metadata,
-        batch_invariant=batch_invariant,
-        out=out,
-        return_lse=_return_lse(return_attn_probs, return_softmax_lse),
+        None if qv is None else contiguous_rows("qv", qv),
+        softmax_scale,
+        causal,
+        left,
+        right,
+        attention_chunk,
+        softcap,
+        q_descale,
+        k_descale,
+        v_descale,
+        _sink(learnable_sink, sinks, s_aux),
+        cp_world_size,
+        cp_rank,
+        cp_tot_seqused_k,
+        num_splits,
+        pack_gqa,
+        sm_margin,
+        batch_invariant,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        page_table,
+        scheduler_metadata,
     )
+    return_lse = _return_lse(return_attn_probs, return_softmax_lse)
+    return _attention("flash_attn_varlen_func", call, out, return_lse, sinks, s_aux, block_table)
 
 
 def flash_attn_with_kvcache(
@@ -332,52 +322,52 @@ def flash_attn_with_kvcache(
         out, shaped like q with head size dv; with return_softmax_lse, (out, lse, None, None), where FlashAttention-3
         has its partial results in the last two places.
     """
-    check_tensor("q", q)
     if cache_seqlens is not None and (not isinstance(cache_seqlens, Tensor) or cache_seqlens.dim() == 0):
+        check_tensor("q", q)
         cache_seqlens = same_length("cache_seqlens", cache_seqlens, _batch_size(q, cu_seqlens_q), q.device)
-    result = _attention(
-        "flash_attn_with_kvcache",
+    left, right = window(window_size)
+    call = AttentionCall(
+        CACHE_NAMES,
         contiguous_rows("q", q),
         k_cache,
         v_cache,
-        qv=qv,
-        cu_seqlens_q=cu_seqlens_q,
-        seqused_q=seqused_q,
-        seqused_k=cache_seqlens,
-        max_seqlen_q=max_seqlen_q,
-        page_table=_page_table(page_table, block_table),
-        block_table=block_table,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        k_new=None if k is None else contiguous_rows("k", k),
-        v_new=None if v is None else contiguous_rows("v", v),
-        cu_seqlens_k_new=cu_seqlens_k_new,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_seqlens=rotary_seqlens,
-        rotary_interleaved=rotary_interleaved,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        learnable_sink=learnable_sink,
-        sinks=sinks,
-        s_aux=s_aux,
-        cp_world_size=cp_world_size,
-        cp_rank=cp_rank,
-        cp_tot_seqused_k=cp_tot_seqused_k,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        sm_margin=sm_margin,
-        scheduler_metadata=scheduler_metadata,
-        batch_invariant=batch_invariant,
-        out=out,
-        return_lse=return_softmax_lse,
+        None if qv is None else contiguous_rows("qv", qv),
+        softmax_scale,
+        causal,
+        left,
+        right,
+        attention_chunk,
+        softcap,
+        q_descale,
+        k_descale,
+        v_descale,
+        _sink(learnable_sink, sinks, s_aux),
+        cp_world_size,
+        cp_rank,
+        cp_tot_seqused_k,
+        num_splits,
+        pack_gqa,
+        sm_margin,
+        batch_invariant,
+        cu_seqlens_q,
+        None,  # cu_seqlens_k
+        seqused_q,
+        cache_seqlens,
+        max_seqlen_q,
+        None,  # max_seqlen_k
+        _page_table(page_table, block_table),
+        scheduler_metadata,
+        cache_batch_idx,
+        cache_leftpad,
+        None if k is None else contiguous_rows("k", k),
+        None if v is None else contiguous_rows("v", v),
+        cu_seqlens_k_new,
+        rotary_cos,
+        rotary_sin,
+        rotary_seqlens,
+        rotary_interleaved,
     )
+    result = _attention("flash_attn_with_kvcache", call, out, bool(return_softmax_lse), sinks, s_aux, block_table)
     return (*result, None, None) if isinstance(result, tuple) else result
 
 
@@ -435,30 +425,33 @@ def flash_attn_qkvpacked_func(
         q, k, v = torch.split(qkv, [heads_q, heads_k, heads_k], dim=2)
     else:
         raise ValueError(f"qkv must have shape (b, s, 3, h, d) or (b, s, h + 2 * hk, d), got {tuple(qkv.shape)}")
-    return _attention(
-        "flash_attn_qkvpacked_func",
+    left, right = window(window_size)
+    call = AttentionCall(
+        PACKED_NAMES,
         q,
         k,
         v,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        learnable_sink=learnable_sink,
-        sinks=sinks,
-        s_aux=s_aux,
-        cp_world_size=cp_world_size,
-        cp_rank=cp_rank,
-        cp_tot_seqused_k=cp_tot_seqused_k,
-        sm_margin=sm_margin,
-        batch_invariant=batch_invariant,
-        out=out,
-        return_lse=_return_lse(return_attn_probs, return_softmax_lse),
+        None,  # qv
+        softmax_scale,
+        causal,
+        left,
+        right,
+        attention_chunk,
+        softcap,
+        q_descale,
+        k_descale,
+        v_descale,
+        _sink(learnable_sink, sinks, s_aux),
+        cp_world_size,
+        cp_rank,
+        cp_tot_seqused_k,
+        1,  # num_splits
+        None,  # pack_gqa
+        sm_margin,
+        batch_invariant,
     )
+    return_lse = _return_lse(return_attn_probs, return_softmax_lse)
+    return _attention("flash_attn_qkvpacked_func", call, out, return_lse, sinks, s_aux)
 
 
 def flash_attn_combine(
@@ -589,12 +582,12 @@ def get_scheduler_metadata(
     left, right = window(window_size)
     call = SchedulerMetadataCall(
         batch_size=batch,
-        max_seqlen_q=integer("max_seqlen_q", max_seqlen_q),
-        max_seqlen_k=integer("max_seqlen_k", max_seqlen_k),
-        num_heads_q=integer("num_heads_q", num_heads_q),
-        num_heads_kv=integer("num_heads_kv", num_heads_kv),
-        headdim=integer("headdim", headdim),
-        headdim_v=optional_integer("headdim_v", headdim_v),
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        num_heads_q=num_heads_q,
+        num_heads_kv=num_heads_kv,
+        headdim=headdim,
+        headdim_v=headdim_v,
         qkv_dtype=dtype("qkv_dtype", qkv_dtype),
         kv_dtype=None if kv_dtype is None else dtype("kv_dtype", kv_dtype),
         cache_seqlens=used,
@@ -603,21 +596,21 @@ def get_scheduler_metadata(
         cu_seqlens_k_new=cu_seqlens_k_new,
         seqused_q=seqused_q,
         cache_leftpad=cache_leftpad,
-        page_size=optional_integer("page_size", page_size),
-        max_seqlen_k_new=integer("max_seqlen_k_new", max_seqlen_k_new),
-        causal=boolean("causal", causal),
+        page_size=page_size,
+        max_seqlen_k_new=max_seqlen_k_new,
+        causal=causal,
         window_left=left,
         window_right=right,
-        attention_chunk=chunk(attention_chunk),
-        has_softcap=boolean("has_softcap", has_softcap),
-        has_qv=boolean("has_qv", has_qv),
-        num_splits=integer("num_splits", num_splits),
-        pack_gqa=optional_boolean("pack_gqa", pack_gqa),
-        sm_margin=integer("sm_margin", sm_margin),
-        cp_world_size=integer("cp_world_size", cp_world_size),
-        cp_rank=integer("cp_rank", cp_rank),
+        attention_chunk=attention_chunk,
+        has_softcap=has_softcap,
+        has_qv=has_qv,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        sm_margin=sm_margin,
+        cp_world_size=cp_world_size,
+        cp_rank=cp_rank,
         cp_tot_seqused_k=cp_tot_seqused_k,
-        batch_invariant=boolean("batch_invariant", batch_invariant),
+        batch_invariant=batch_invariant,
     )
     try:
         return run_scheduler_metadata(call, out)
@@ -629,102 +622,20 @@ def get_scheduler_metadata(
 
 def _attention(
     function: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
+    call: AttentionCall,
     out: Tensor | None,
     return_lse: bool,
-    softmax_scale: Number | None,
-    causal: bool,
-    window_size: Window,
-    attention_chunk: Index | None,
-    softcap: Number,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
-    learnable_sink: Tensor | None,
     sinks: Tensor | None,
     s_aux: Tensor | None,
-    cp_world_size: Index,
-    cp_rank: Index,
-    cp_tot_seqused_k: Tensor | None,
-    sm_margin: Index,
-    batch_invariant: bool,
-    num_splits: Index = 1,
-    pack_gqa: bool | None = None,
-    scheduler_metadata: Tensor | None = None,
-    qv: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    max_seqlen_q: Index | None = None,
-    max_seqlen_k: Index | None = None,
-    page_table: Tensor | None = None,
     block_table: Tensor | None = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    k_new: Tensor | None = None,
-    v_new: Tensor | None = None,
-    cu_seqlens_k_new: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    rotary_seqlens: Tensor | None = None,
-    rotary_interleaved: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What all the functions of attention come to. k and v are the cache, or the keys and values themselves; page_table
-    is block_table where that was given.
+    """What all the functions of attention come to. The call has the sink and the page table that were given under any
+    of their names.
     """
-    if sinks is not None or s_aux is not None:
-        learnable_sink = one_of(learnable_sink=learnable_sink, sinks=sinks, s_aux=s_aux)
     if out is not None:
         check_tensor("out", out)
-    left, right = window(window_size)
-    # From a tuple, in the order of the fields: by keyword it would take three times as long.
-    fields = (
-        _NAMES.get(function, PLAIN_NAMES),
-        q,
-        k,
-        v,
-        None if qv is None else contiguous_rows("qv", qv),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        optional_integer("max_seqlen_q", max_seqlen_q),
-        optional_integer("max_seqlen_k", max_seqlen_k),
-        page_table,
-        cache_batch_idx,
-        cache_leftpad,
-        k_new,
-        v_new,
-        cu_seqlens_k_new,
-        rotary_cos,
-        rotary_sin,
-        rotary_seqlens,
-        boolean("rotary_interleaved", rotary_interleaved),
-        optional_number("softmax_scale", softmax_scale),
-        boolean("causal", causal),
-        left,
-        right,
-        chunk(attention_chunk),
-        number("softcap", softcap),
-        q_descale,
-        k_descale,
-        v_descale,
-        learnable_sink,
-        integer("cp_world_size", cp_world_size),
-        integer("cp_rank", cp_rank),
-        cp_tot_seqused_k,
-        integer("num_splits", num_splits),
-        optional_boolean("pack_gqa", pack_gqa),
-        integer("sm_margin", sm_margin),
-        scheduler_metadata,
-        boolean("batch_invariant", batch_invariant),
-    )
     try:
-        out, lse = run_attention(function, AttentionCall._make(fields), out, bool(return_lse))
+        out, lse = run_attention(function, call, out, return_lse)
     except (TypeError, ValueError) as error:
         if sinks is None and s_aux is None and block_table is None:
             raise
@@ -755,6 +666,13 @@ def _batch_size(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
         return q.shape[0] if q.dim() else 0
     check_tensor("cu_seqlens_q", cu_seqlens_q)
     return max(0, cu_seqlens_q.numel() - 1)
+
+
+def _sink(learnable_sink: Tensor | None, sinks: Tensor | None, s_aux: Tensor | None) -> Tensor | None:
+    if sinks is None and s_aux is None:
+        return learnable_sink
+    sink: Tensor | None = one_of(learnable_sink=learnable_sink, sinks=sinks, s_aux=s_aux)
+    return sink
 
 
 def _page_table(page_table: Tensor | None, block_table: Tensor | None) -> Tensor | None:

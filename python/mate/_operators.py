@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mate._calls import AttentionCall, CombineCall, SchedulerMetadataCall
+from mate._calls import AttentionCall, CombineCall, SchedulerMetadataCall, fields_of
 
 _operators = torch.library.Library("mate", "FRAGMENT")
 
@@ -24,17 +24,13 @@ _SCHEMA_TYPES = {
     "bool": "bool",
     "bool | None": "bool?",
     "int": "SymInt",
-    "int | None": "SymInt?",
-    "float": "float",
-    "float | None": "float?",
+    "Index": "SymInt",
+    "Index | None": "SymInt?",
+    "Number": "float",
+    "Number | None": "float?",
     "torch.dtype": "ScalarType",
     "torch.dtype | None": "ScalarType?",
 }
-
-
-def _fields(call: type) -> dict[str, str]:
-    """The fields of a call and their annotations, as written."""
-    return {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in call.__annotations__.items()}
 
 
 def _define(
@@ -154,7 +150,7 @@ def _make_lse(run: bool, call: AttentionCall, with_lse: bool, out: Tensor) -> Te
     return lse
 
 
-_ATTENTION = {"function": "str", **_fields(AttentionCall), "with_lse": "bool"}
+_ATTENTION = {"function": "str", **fields_of(AttentionCall), "with_lse": "bool"}
 _ATTENTION_OUT = {**_ATTENTION, "out": "Tensor"}
 _attention = _define("attention", _ATTENTION, (), "(Tensor, Tensor)", _make_attention)
 _attention_append = _define("attention_append", _ATTENTION, ("k", "v"), "(Tensor, Tensor)", _make_attention)
@@ -206,7 +202,7 @@ def _make_combined_out(run: bool, function: str, out_partial: Tensor, lse_partia
     return lse
 
 
-_COMBINE = {"function": "str", **_fields(CombineCall)}
+_COMBINE = {"function": "str", **fields_of(CombineCall)}
 _combine = _define("combine", {**_COMBINE, "out_dtype": "torch.dtype"}, (), "(Tensor, Tensor)", _make_combined)
 _combine_out = _define("combine_out", {**_COMBINE, "out": "Tensor"}, ("out",), "Tensor", _make_combined_out)
 _register_no_backward("combine")
@@ -239,7 +235,7 @@ def _make_metadata_out(run: bool, *values: Any) -> None:
         SchedulerMetadataCall(*fields).run(out)
 
 
-_METADATA = _fields(SchedulerMetadataCall)
+_METADATA = fields_of(SchedulerMetadataCall)
 _scheduler_metadata = _define("scheduler_metadata", _METADATA, (), "Tensor", _make_metadata)
 _scheduler_metadata_out = _define(
     "scheduler_metadata_out", {**_METADATA, "out": "Tensor"}, ("out",), "()", _make_metadata_out

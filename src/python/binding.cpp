@@ -106,15 +106,16 @@ constexpr mate::ArgumentNames argument_names[] = {{}, cache_names, packed_names}
 /// Returns out where it was not given.
 ffi::Optional<ffi::Tensor> attention(
     std::int64_t names, ffi::TensorView q, ffi::TensorView k, ffi::TensorView v, OptionalTensor qv,
-    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q, OptionalTensor seqused_k,
-    OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, OptionalTensor page_table, OptionalTensor cache_batch_idx,
-    OptionalTensor cache_leftpad, OptionalTensor k_new, OptionalTensor v_new, OptionalTensor cu_seqlens_k_new,
-    OptionalTensor rotary_cos, OptionalTensor rotary_sin, OptionalTensor rotary_seqlens, bool rotary_interleaved,
     ffi::Optional<double> softmax_scale, bool causal, std::int64_t window_left, std::int64_t window_right,
     std::int64_t attention_chunk, double softcap, OptionalTensor q_descale, OptionalTensor k_descale,
     OptionalTensor v_descale, OptionalTensor learnable_sink, std::int64_t cp_world_size, std::int64_t cp_rank,
     OptionalTensor cp_tot_seqused_k, std::int64_t num_splits, ffi::Optional<bool> pack_gqa, std::int64_t sm_margin,
-    OptionalTensor scheduler_metadata, bool batch_invariant, OptionalTensor out, OptionalTensor lse) {
+    bool batch_invariant, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_q,
+    OptionalTensor seqused_k, OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, OptionalTensor page_table,
+    OptionalTensor scheduler_metadata, OptionalTensor cache_batch_idx, OptionalTensor cache_leftpad,
+    OptionalTensor k_new, OptionalTensor v_new, OptionalTensor cu_seqlens_k_new, OptionalTensor rotary_cos,
+    OptionalTensor rotary_sin, OptionalTensor rotary_seqlens, bool rotary_interleaved, OptionalTensor out,
+    OptionalTensor lse) {
   ffi::Optional<ffi::Tensor> result;
   ScratchAllocator scratch;
   with_python_errors([&] {
