@@ -6,7 +6,7 @@ schemas of PyTorch's operators from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -90,6 +90,10 @@ class AttentionCall(NamedTuple):
         except AttributeError:
             return []  # something is no tensor: the library refuses it
 
+    def plain(self) -> AttentionCall:
+        """The call with plain numbers. Raises TypeError or ValueError, with the argument's name, for what is none."""
+        return AttentionCall._make(_plain_values(self, _KINDS_OF_ATTENTION, self.names))
+
     def run(self, out: Tensor | None, lse: Tensor | None) -> Tensor:
         """Writes ``out`` (which the library makes where it is None), and ``lse`` where it is given. Returns out."""
         try:
@@ -165,6 +169,10 @@ class SchedulerMetadataCall(NamedTuple):
         lengths = self.lengths()
         return torch.empty(self.batch_size, dtype=torch.int32, device=None if lengths is None else lengths.device)
 
+    def plain(self) -> SchedulerMetadataCall:
+        """As of an attention call."""
+        return SchedulerMetadataCall._make(_plain_values(self, _KINDS_OF_METADATA, PLAIN_NAMES))
+
     def run(self, out: Tensor | None) -> Tensor:
         """Writes ``out``, which the library makes where it is None, and returns it."""
         try:
@@ -193,32 +201,43 @@ def fields_of(call: type) -> dict[str, str]:
     return {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in call.__annotations__.items()}
 
 
-def make_plain(call: _Call) -> _Call:
-    """The call with plain numbers. Raises TypeError or ValueError, with the argument's name, for what is none."""
-    values: dict[str, Any] = {}
-    for (field, annotation), value in zip(fields_of(type(call)).items(), call):
-        kind, *optional = annotation.split(" | ")
+# A field's name, what it holds, and whether it may be None.
+_Kinds = tuple[tuple[str, str, bool], ...]
+
+
+def _kinds_of(call: type) -> _Kinds:
+    split = {field: annotation.split(" | ") for field, annotation in fields_of(call).items()}
+    return tuple((field, kinds[0], len(kinds) > 1) for field, kinds in split.items())
+
+
+# Looked up ahead, since what traces a call cannot ask classes for their annotations.
+_KINDS_OF_ATTENTION = _kinds_of(AttentionCall)
+_KINDS_OF_METADATA = _kinds_of(SchedulerMetadataCall)
+
+
+def _plain_values(values: Iterable[Any], kinds: _Kinds, names: int) -> list[Any]:
+    plain = []
+    for (field, kind, optional), value in zip(kinds, values):
         if value is None:
             value = _NONE_IS.get(field)
         if kind in _PLAIN_VALUE and not (value is None and optional):
-            value = _PLAIN_VALUE[kind](_user_name(call, field), value)
-        values[field] = value
-    return call._replace(**values)
+            value = _PLAIN_VALUE[kind](_user_name(names, field), value)
+        plain.append(value)
+    return plain
 
 
 def _plain_if_refused(error: Exception, call: _Call, out: object) -> _Call:
     """What to try in place of a call that the library has refused. Raises what there is to say, if there is nothing."""
     if isinstance(error, TypeError):
-        made = make_plain(call)
+        made = call.plain()
         if any(a is not b for a, b in zip(made, call)):
             return made
     raise _explained(error, call, out) from None
 
 
-def _user_name(call: object, field: str) -> str:
+def _user_name(names: int, field: str) -> str:
     """How the caller calls an argument."""
-    names = _USER_NAMES[getattr(call, "names", PLAIN_NAMES)]
-    return "window_size" if field.startswith("window") else names.get(field, field)
+    return "window_size" if field.startswith("window") else _USER_NAMES[names].get(field, field)
 
 
 def _explained(error: Exception, call: Any, out: object) -> Exception:
@@ -226,7 +245,7 @@ def _explained(error: Exception, call: Any, out: object) -> Exception:
     annotations = fields_of(type(call))
     tensors = []
     for field, value in (*call._asdict().items(), ("out", out)):
-        name = _user_name(call, field)
+        name = _user_name(getattr(call, "names", PLAIN_NAMES), field)
         annotation = annotations.get(field, "Tensor | None")
         if "Tensor" in annotation:
             if value is None and "None" in annotation:

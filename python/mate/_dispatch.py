@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from mate import _operators
-from mate._calls import AttentionCall, CombineCall, SchedulerMetadataCall, make_plain
+from mate._calls import AttentionCall, CombineCall, SchedulerMetadataCall
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -21,7 +21,7 @@ def run_attention(
     """out, and lse where it is wanted."""
     _check_forward_mode(function, call)
     if _is_traced(call.q):
-        return _operators.attention(function, make_plain(call), out, with_lse)
+        return _operators.attention(function, call.plain(), out, with_lse)
     inputs = call.differentiable() if torch.is_grad_enabled() else []
     if out is not None:
         _check_writable(out, inputs)
@@ -31,7 +31,7 @@ def run_attention(
     except Exception:
         if _is_wrapped(call):
             _check_functional_grad(function, call)
-            return _operators.attention(function, make_plain(call), out, with_lse)
+            return _operators.attention(function, call.plain(), out, with_lse)
         raise
     if out is not None:
         increment_version(out)
@@ -70,12 +70,12 @@ def run_combine(function: str, call: CombineCall, out: Tensor | None, out_dtype:
 
 def run_scheduler_metadata(call: SchedulerMetadataCall, out: Tensor | None) -> Tensor:
     if _is_traced(call.lengths()):
-        return _operators.scheduler_metadata(make_plain(call), out)
+        return _operators.scheduler_metadata(call.plain(), out)
     try:
         result = call.run(out)
     except Exception:
         if _is_wrapped(call):
-            return _operators.scheduler_metadata(make_plain(call), out)
+            return _operators.scheduler_metadata(call.plain(), out)
         raise
     if out is not None:
         increment_version(out)
