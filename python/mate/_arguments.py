@@ -1,4 +1,4 @@
-"""What callers may write, made into what the library takes: integers, numbers, aliases, windows, contiguous rows."""
+"""What callers may write, made into what the library takes: numbers, aliases, windows, contiguous rows."""
 
 from __future__ import annotations
 
@@ -51,14 +51,18 @@ def boolean(name: str, value: object) -> bool:
 
 
 def window(window_size: Sequence[Any]) -> tuple[Any, Any]:
-    """(left, right), as they were given."""
+    """(left, right), where a negative number is no bound, as is None."""
     try:
         left, right = window_size
-        return left, right
     except TypeError:
         raise TypeError(f"window_size must be a sequence of two integers, got {_describe(window_size)}") from None
     except ValueError:
         raise ValueError(f"window_size must have two elements, got {window_size!r}") from None
+    return -1 if left is None else left, -1 if right is None else right
+
+
+def chunk(attention_chunk: Index | None) -> Index:
+    return 0 if attention_chunk is None else attention_chunk
 
 
 def same_length(name: str, value: Index, batch: int, device: torch.device | None) -> Tensor:
@@ -85,14 +89,12 @@ def one_of(**aliases: Any) -> Any:
 
 def contiguous_rows(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy where its last dimension is not contiguous."""
+    check_tensor(name, tensor)
     try:
         # The first question is the cheaper one, and enough for most.
         if tensor.is_contiguous() or tensor.stride(-1) == 1:
             return tensor
         return tensor.contiguous()
-    except AttributeError:
-        check_tensor(name, tensor)
-        raise
     except RuntimeError:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}") from None
 

@@ -38,9 +38,9 @@ class AttentionCall(NamedTuple):
     qv: Tensor | None
     softmax_scale: Number | None
     causal: bool
-    window_left: Index | None
-    window_right: Index | None
-    attention_chunk: Index | None
+    window_left: Index
+    window_right: Index
+    attention_chunk: Index
     softcap: Number
     q_descale: Tensor | None
     k_descale: Tensor | None
@@ -100,8 +100,8 @@ class AttentionCall(NamedTuple):
             made: Tensor | None = _library.attention(*self, out, lse)
             return out if made is None else made  # type: ignore[return-value]
         except Exception as error:
-            plain = _plain_if_refused(error, self, out)
-        return plain.run(out, lse)
+            refusal = error
+        return _plain_if_refused(refusal, self, out).run(out, lse)
 
 
 class CombineCall(NamedTuple):
@@ -147,9 +147,9 @@ class SchedulerMetadataCall(NamedTuple):
     page_size: Index | None
     max_seqlen_k_new: Index
     causal: bool
-    window_left: Index | None
-    window_right: Index | None
-    attention_chunk: Index | None
+    window_left: Index
+    window_right: Index
+    attention_chunk: Index
     has_softcap: bool
     has_qv: bool
     num_splits: Index
@@ -170,7 +170,7 @@ class SchedulerMetadataCall(NamedTuple):
         return torch.empty(self.batch_size, dtype=torch.int32, device=None if lengths is None else lengths.device)
 
     def plain(self) -> SchedulerMetadataCall:
-        """As of an attention call."""
+        """The call with plain numbers: see AttentionCall."""
         return SchedulerMetadataCall._make(_plain_values(self, _KINDS_OF_METADATA, PLAIN_NAMES))
 
     def run(self, out: Tensor | None) -> Tensor:
@@ -179,8 +179,8 @@ class SchedulerMetadataCall(NamedTuple):
             made: Tensor | None = _library.scheduler_metadata(*self, out)
             return out if made is None else made  # type: ignore[return-value]
         except Exception as error:
-            plain = _plain_if_refused(error, self, out)
-        return plain.run(out)
+            refusal = error
+        return _plain_if_refused(refusal, self, out).run(out)
 
 
 # The library takes plain numbers alone, and refuses others before it does anything: what a caller may write besides is
@@ -192,8 +192,6 @@ _PLAIN_VALUE: dict[str, Callable[[str, Any], Any]] = {
     "Number": number,
     "bool": boolean,
 }
-# FlashAttention-3's callers write None for these.
-_NONE_IS = {"attention_chunk": 0, "window_left": -1, "window_right": -1}
 
 
 def fields_of(call: type) -> dict[str, str]:
@@ -218,8 +216,6 @@ _KINDS_OF_METADATA = _kinds_of(SchedulerMetadataCall)
 def _plain_values(values: Iterable[Any], kinds: _Kinds, names: int) -> list[Any]:
     plain = []
     for (field, kind, optional), value in zip(kinds, values):
-        if value is None:
-            value = _NONE_IS.get(field)
         if kind in _PLAIN_VALUE and not (value is None and optional):
             value = _PLAIN_VALUE[kind](_user_name(names, field), value)
         plain.append(value)
@@ -228,11 +224,14 @@ def _plain_values(values: Iterable[Any], kinds: _Kinds, names: int) -> list[Any]
 
 def _plain_if_refused(error: Exception, call: _Call, out: object) -> _Call:
     """What to try in place of a call that the library has refused. Raises what there is to say, if there is nothing."""
-    if isinstance(error, TypeError):
+    # A tensor for a number never reaches the library, whatever the error: it has done nothing.
+    kinds = zip(call, fields_of(type(call)).values())
+    odd = any(isinstance(value, Tensor) and kind.split(" | ")[0] in _PLAIN_VALUE for value, kind in kinds)
+    if odd or isinstance(error, (TypeError, BufferError)):
         made = call.plain()
         if any(a is not b for a, b in zip(made, call)):
             return made
-    raise _explained(error, call, out) from None
+    raise _explained(error, call, out)
 
 
 def _user_name(names: int, field: str) -> str:

@@ -1,7 +1,6 @@
 // Chooses and prepares the kernel that appends to a cache.
 #include "append.h"
 
-#include <algorithm>
 #include <cstdint>
 
 #include "attention/tiling.h"

@@ -606,6 +606,7 @@ def test_wrong_argument(mate: ModuleType, valid: Callable, change: dict, kind: A
         getattr(mate, call.function)(**arguments)
     message = str(caught.value)
     assert re.search(rf"\b(?:{pattern})\b", message), message
+    assert caught.value.__context__ is None or caught.value.__suppress_context__  # no other error is printed before it
     check_unwritten(arguments, before)
 
 

@@ -211,6 +211,24 @@ def test_integers_may_be_anything_with_an_index(mate: ModuleType, device: str, i
     assert same_bits(run(integer), run(int))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"causal": np.True_},
+        {"causal": torch.tensor(1)},
+        {"softmax_scale": np.float32(0.25)},
+        {"softmax_scale": torch.tensor(0.25)},
+        {"softmax_scale": np.broadcast_to(np.array(0.25), ())},  # read-only
+        {"softcap": 2, "sm_margin": np.int64(1), "pack_gqa": np.False_},
+    ],
+    ids=lambda arguments: ", ".join(f"{name}={type(value).__name__}" for name, value in arguments.items()),
+)
+def test_numbers_of_other_types(mate: ModuleType, device: str, arguments: dict[str, Any]) -> None:
+    q = torch.randn(1, 3, 2, 16, device=device, dtype=torch.bfloat16)
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in arguments.items()}
+    assert same_bits(mate.flash_attn_func(q, q, q, **arguments), mate.flash_attn_func(q, q, q, **plain))
+
+
 @pytest.mark.parametrize("integer", [int, np.int64, torch.tensor], ids=["int", "int64", "tensor"])
 def test_an_integer_for_cache_seqlens_is_the_length_of_all(mate: ModuleType, device: str, integer: Any) -> None:
     q, cache = (torch.randn(3, n, 2, 8, device=device, dtype=torch.bfloat16) for n in (1, 20))

@@ -7,8 +7,9 @@
 
 namespace mate::cuda {
 
-/// Columns of a row that a warp has at a time.
+/// Of a row, that a lane has at a time.
 inline constexpr int lane_elements = 4;
+/// Columns of a row that a warp has at a time.
 inline constexpr int warp_columns = 32 * lane_elements;
 
 /// The rotation of a row: none, unless the call rotates.

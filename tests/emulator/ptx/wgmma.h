@@ -86,7 +86,7 @@ void wgmma(float (&d)[size], const unsigned* a, unsigned b_matrix, int accumulat
       rows[i][k] = element_of<element>(all[4 * matrix_row() + lane].of[2 * half + i], k % elements);
     }
   }
-  multiply<element, n, b_major, first>(d, rows, b_matrix, accumulate);
+  multiply<element, n, b_major, first>(d, rows, b_matrix, may_replace ? accumulate : 1);
 }
 
 }  // namespace mate::cuda::ptx
