@@ -186,12 +186,7 @@ class SchedulerMetadataCall(NamedTuple):
 # The library takes plain numbers alone, and refuses others before it does anything: what a caller may write besides is
 # made plain only then, since to look at each of them would cost every call a microsecond.
 _Call = TypeVar("_Call", AttentionCall, SchedulerMetadataCall)
-_PLAIN_VALUE: dict[str, Callable[[str, Any], Any]] = {
-    "int": integer,
-    "Index": integer,
-    "Number": number,
-    "bool": boolean,
-}
+_PLAIN_VALUE: dict[str, Callable[[str, Any], Any]] = {"Index": integer, "Number": number, "bool": boolean}
 
 
 def fields_of(call: type) -> dict[str, str]:
@@ -225,8 +220,8 @@ def _plain_values(values: Iterable[Any], kinds: _Kinds, names: int) -> list[Any]
 def _plain_if_refused(error: Exception, call: _Call, out: object) -> _Call:
     """What to try in place of a call that the library has refused. Raises what there is to say, if there is nothing."""
     # A tensor for a number never reaches the library, whatever the error: it has done nothing.
-    kinds = zip(call, fields_of(type(call)).values())
-    odd = any(isinstance(value, Tensor) and kind.split(" | ")[0] in _PLAIN_VALUE for value, kind in kinds)
+    kinds = _kinds_of(type(call))
+    odd = any(isinstance(value, Tensor) and kind in _PLAIN_VALUE for value, (_, kind, _) in zip(call, kinds))
     if odd or isinstance(error, (TypeError, BufferError)):
         made = call.plain()
         if any(a is not b for a, b in zip(made, call)):
