@@ -37,8 +37,17 @@ struct Rows {
 
   constexpr bool given() const { return data != nullptr; }
   void* at(long long slot, long long row, long long head) const {
-    const long long offset = slot * slot_stride + row * row_stride + head * head_stride;
-    return static_cast<char*>(data) + offset * bytes_of(type);
+    return static_cast<char*>(data) + offset(slot, row, head) * bytes_of(type);
+  }
+  /// The same where the elements' bits are known to be a T.
+  template <typename T>
+  T* at(long long slot, long long row, long long head) const {
+    return static_cast<T*>(data) + offset(slot, row, head);
+  }
+
+ private:
+  constexpr long long offset(long long slot, long long row, long long head) const {
+    return slot * slot_stride + row * row_stride + head * head_stride;
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention/check.h"
 #include "attention/tiling.h"
 #include "variants.h"
 
@@ -18,7 +19,9 @@ KernelFamily& append_kernels() {
 
 Append::Append(Problem& p, const Device& gpu, CUstream stream, Scratch& scratch) {
   const int slots_of_new = p.keys.cu_seqlens_new.given() ? 1 : p.batch;
-  std::int64_t rows = std::int64_t{p.keys.new_rows} * slots_of_new * p.heads_k;
+  const std::int64_t new_rows = std::int64_t{p.keys.new_rows} * slots_of_new;
+  require(new_rows <= max_length, "k must have fewer than 2**31 rows, got ", new_rows);
+  std::int64_t rows = new_rows * p.heads_k;
   if (p.rotary.given()) {
     const int multiple = 16 / bytes_of(p.q.type);  // rows are aligned to 16 bytes
     Rows& q = arguments_.rotated_q;
@@ -27,7 +30,9 @@ Append::Append(Problem& p, const Device& gpu, CUstream stream, Scratch& scratch)
     q.row_stride = q.head_stride * p.heads_q;
     q.slot_stride = q.row_stride * p.queries.rows;
     q.data = scratch.take<std::byte>(q.slot_stride * p.query_slots() * bytes_of(q.type));
-    rows += std::int64_t{p.queries.rows} * p.query_slots() * p.heads_q;
+    const std::int64_t query_rows = std::int64_t{p.queries.rows} * p.query_slots();
+    require(query_rows <= max_length, "q must have fewer than 2**31 rows, got ", query_rows);
+    rows += query_rows * p.heads_q;
   }
   arguments_.problem = p;
   constexpr int warps = append_threads / 32;

@@ -12,6 +12,7 @@
 #include <utility>
 
 #define __device__
+#define __forceinline__ inline
 #define __global__
 #define __shared__
 #define __grid_constant__
@@ -133,6 +134,7 @@ inline int __reduce_max_sync(unsigned, int value) {
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline float __int_as_float(unsigned x) {
   float y;

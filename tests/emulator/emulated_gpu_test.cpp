@@ -139,6 +139,41 @@ TEST_F(EmulatedGpu, RowsPastMaxSeqlenAreCleared) {
   }
 }
 
+/// So many that a warp looks twice for that of a row, some without new keys, and rows before the first one's.
+TEST_F(EmulatedGpu, NewKeysOfManySequencesArePacked) {
+  constexpr std::int64_t batch = 70;
+  constexpr std::int64_t capacity = 8;
+  constexpr std::int64_t size = 16;
+  std::vector<std::int64_t> begins = {2};
+  for (std::int64_t b = 0; b < batch; ++b) begins.push_back(begins.back() + (b == 40 ? 6 : b % 3));
+  testing::Memory memory;
+  AttentionArguments a;
+  a.q = memory.tensor(bfloat16, {batch, 1, 1, size});
+  a.k_new = memory.tensor(bfloat16, {begins.back(), 1, size});
+  a.v_new = memory.tensor(bfloat16, {begins.back(), 1, size});
+  a.k = memory.tensor(bfloat16, {batch, capacity, 1, size});
+  a.v = memory.tensor(bfloat16, {batch, capacity, 1, size});
+  for (const Tensor& input : {a.q, a.k, a.v}) testing::fill(input, [] { return 0.0; });
+  for (const Tensor& input : {a.k_new, a.v_new}) {
+    testing::fill(input, [count = 0]() mutable { return 1 + count++ / size; });
+  }
+  a.cu_seqlens_k_new = memory.integers(begins);
+  a.seqused_k = memory.integers(std::vector<std::int64_t>(batch, 1));
+  a.out = memory.tensor(bfloat16, {batch, 1, 1, size});
+  move_to_gpu(a);
+  attention(a);
+  for (std::int64_t b = 0; b < batch; ++b) {
+    for (std::int64_t row = 0; row < capacity; ++row) {
+      const bool is_new = row >= 1 && row <= begins[b + 1] - begins[b];
+      for (std::int64_t i = 0; i < size; ++i) {
+        for (const Tensor& cache : {a.k, a.v}) {
+          EXPECT_EQ(testing::read(cache, b, row, 0, i), is_new ? begins[b] + row : 0) << b << ", " << row;
+        }
+      }
+    }
+  }
+}
+
 TEST_F(EmulatedGpu, MatchesTheReference) { judge_calls(testing::RandomCall::Kind::any, 60); }
 
 /// Sequences of all kinds, and of prompts beside few queries.

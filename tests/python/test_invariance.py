@@ -83,3 +83,29 @@ def test_broadcast_tensors(mate: ModuleType, device: str) -> None:
     q, k, v = (torch.randn(1, n, 1, 16, device=device, dtype=torch.bfloat16) for n in (1, 300, 300))
     arguments = {"q": q.expand(3, 4, 6, 16), "k": k.expand(3, 300, 2, 16), "v": v.expand(3, 300, 2, 16)}
     check(Call("flash_attn_func", {**arguments, "causal": True, "return_attn_probs": True}), mate)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_new_keys_that_stand_where_they_are_written_to(mate: ModuleType, device: str, interleaved: bool) -> None:
+    batch, rows, held, heads, head_dim = 2, 12, 5, 2, 200  # more columns than a warp of the GPU takes at a time
+    caches = [torch.randn(batch, rows, heads, head_dim, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    angles = torch.randn(rows, 96, device=device)
+    queries = torch.randn(batch, 1, heads, head_dim, dtype=torch.bfloat16, device=device)
+    lengths = torch.full((batch,), held, dtype=torch.int32, device=device)
+
+    def append(in_place: bool) -> tuple[torch.Tensor, ...]:
+        k_cache, v_cache = (cache.clone() for cache in caches)
+        new = [cache[:, held : held + 3] for cache in ((k_cache, v_cache) if in_place else caches)]
+        out = mate.flash_attn_with_kvcache(
+            queries,
+            k_cache,
+            v_cache,
+            *new,
+            rotary_cos=angles.cos(),
+            rotary_sin=angles.sin(),
+            rotary_interleaved=interleaved,
+            cache_seqlens=lengths,
+        )
+        return out, k_cache, v_cache
+
+    assert same_bits(append(in_place=True), append(in_place=False))

@@ -3,6 +3,7 @@
 
 #include "element.h"
 #include "ring.h"
+#include "sharer.h"
 #include "side_by_side.h"
 #include "softmax.h"
 #include "tile_work.h"
@@ -15,10 +16,9 @@ struct RowPlace {
   int head;
 };
 __device__ inline RowPlace place_of(const ForwardArguments& a, const TileWork& work, int row) {
-  const int packed = work.first_head + row;
-  // Rounded down that is packed / pack: half a row is far more than what is lost in rounding.
-  const int query = static_cast<int>((packed + 0.5F) * a.heads_reciprocal);
-  return {row < a.tile_rows ? work.first_query + query : max_length, work.unit * a.pack + packed - query * a.pack};
+  // Rounded down that is row / pack: half a row is far more than what is lost in rounding.
+  const int query = static_cast<int>((row + 0.5F) * a.heads_reciprocal);
+  return {row < a.tile_rows ? work.first_query + query : max_length, work.unit * a.pack + row - query * a.pack};
 }
 
 /// Where it stands in q and out: in their slot of the sequence.
@@ -34,7 +34,7 @@ __device__ inline float sink_of(const Problem& p, int head) {
 /// A warp writes a row of out that is 0, and its log-sum-exp.
 __device__ inline void clear_row(const Problem& p, int slot, long long row, int head, float lse) {
   const int lane = threadIdx.x % 32;
-  auto* const elements = static_cast<unsigned short*>(p.out.at(slot, row, head));
+  auto* const elements = p.out.at<unsigned short>(slot, row, head);
 #pragma unroll 1
   for (int column = lane; column < p.head_dim_v; column += 32) elements[column] = 0;
   if (p.lse.data != nullptr && lane == 0) p.lse.at(slot, head, row) = lse;
@@ -76,12 +76,8 @@ __device__ void clear_rows_of_no_tile(const ForwardArguments& a) {
     const int in_tile = divide(a.tile_rows, a.pack);
     const int lane = threadIdx.x % 32;
     // Where there are more blocks of threads than runs of 32 sequences, several share the rows of one.
-    const int runs = divide(p.batch, 32) + 1;
-    const int sharers = runs < static_cast<int>(gridDim.x) ? divide(gridDim.x, runs) : 1;
-    const int sharer = divide(blockIdx.x, runs);
-    if (sharer >= sharers) return;
-#pragma unroll 1
-    for (int run = static_cast<int>(blockIdx.x) - sharer * runs; run < runs; run += gridDim.x) {
+    const Sharer block{static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};
+    block.share(divide(p.batch, 32) + 1, [&](int run, Sharer of_run) {
       const int first = 32 * run;
       const int b = first + lane;
       int capacity = b < p.batch ? query_capacity(p.queries, b) : 0;
@@ -92,9 +88,11 @@ __device__ void clear_rows_of_no_tile(const ForwardArguments& a) {
         const int first_row = p.ragged_queries() ? clamp(p.queries.cu_seqlens[first + source], 0, p.queries.rows) : 0;
         const int count = __shfl_sync(~0U, capacity, source);
 #pragma unroll 1
-        for (int i = in_tile + sharer; i < count; i += sharers) clear(p.query_slot(first + source), first_row + i);
+        for (int i = in_tile + of_run.number; i < count; i += of_run.count) {
+          clear(p.query_slot(first + source), first_row + i);
+        }
       }
-    }
+    });
   }
 }
 
