@@ -149,6 +149,14 @@ int choose_pack(const Problem& p, const ForwardVariant& variant) {
   return p.pack_gqa == 1 || saves_tiles(most_rows(p)) || saves_tiles(mean_rows(p)) ? pack : 1;
 }
 
+/// Decides which rows and heads share a tile.
+void pack_rows(const Problem& p, const ForwardVariant& variant, ForwardArguments& arguments) {
+  arguments.pack = choose_pack(p, variant);
+  arguments.tile_rows = variant.tiling(arguments.pack).tile_rows;
+  arguments.units = p.heads_q / arguments.pack;
+  arguments.units_of_key_head = p.group() / arguments.pack;
+}
+
 /// At least as many tiles as there are, of all units.
 std::int64_t most_tiles(const Problem& p, const ForwardVariant& variant, int pack) {
   const Tiling tiling = variant.tiling(pack);
@@ -393,8 +401,7 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   const auto settle = [&](bool gather) {
     choice.gather = gather;
     variant = choose_variant(choice);
-    arguments.pack = choose_pack(p, variant);
-    arguments.tile_rows = variant.tiling(arguments.pack).tile_rows;
+    pack_rows(p, variant, arguments);
     arguments.box_keys = choose_box(p.keys, variant.block_keys);
     if (arguments.box_keys > 0) arguments.boxes = variant.block_keys / arguments.box_keys;
     return gather || (arguments.box_keys > 0 && encode_maps(p, variant, arguments));
@@ -417,6 +424,10 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   require(tiles < max_length - gpu.multiprocessors, "q must have fewer than 2**31 tiles of ", arguments.tile_rows,
           " rows, got ", tiles);
   int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, multiprocessors));
+  if (served.which == Sequences::all) {
+    const std::int64_t uncertain = p.ragged_queries() ? std::int64_t{p.batch} * arguments.units : 0;
+    arguments.expected_tiles = static_cast<int>(std::max<std::int64_t>(tiles - uncertain, 0));
+  }
   if (variant.splits) {
     blocks = std::min(multiprocessors, counters_of_launch / variant.row_groups());
     arguments.cut = choose_cut(p);
@@ -516,8 +527,7 @@ void scheduler_metadata(const Problem& p, int device_id, void* stream, int* out,
   VariantChoice choice = choose(p, gpu.multiprocessors);
   choice.splits = true;
   const ForwardVariant variant = choose_variant(choice);
-  arguments.pack = choose_pack(p, variant);
-  arguments.tile_rows = variant.tiling(arguments.pack).tile_rows;
+  pack_rows(p, variant, arguments);
   const Kernel kernel = scheduler_metadata_kernels().load(
       gpu, variant.block_keys, [&] { return scheduler_metadata_source(variant.block_keys); });
   constexpr unsigned threads = 32;

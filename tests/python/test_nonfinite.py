@@ -35,17 +35,24 @@ def check_unchanged(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("sink", [None, 0.5, -20.0])
-@pytest.mark.parametrize("hidden", ["no keys", "beyond the total"])
+@pytest.mark.parametrize("sink", [None, 0.5, -20.0, INF, NAN])
+@pytest.mark.parametrize("hidden", ["no keys", "beyond the total", "in the first rows"])
 def test_no_visible_key(mate: ModuleType, device: str, dtype: torch.dtype, sink: Optional[float], hidden: str) -> None:
-    q, k, v = tensors(device, dtype, sk=0 if hidden == "no keys" else 4)
-    k[:], v[:] = NAN, NAN
+    rows = 6
+    q, k, v = tensors(device, dtype, rows, 0 if hidden == "no keys" else 4)
+    if hidden != "in the first rows":
+        k[:], v[:] = NAN, NAN
     options = {} if sink is None else {"learnable_sink": torch.full((4,), sink, device=device)}
     if hidden == "beyond the total":
         options |= {"cp_world_size": 2, "cp_tot_seqused_k": torch.zeros(2, dtype=torch.int32, device=device)}
+    if hidden == "in the first rows":
+        options["causal"] = True
+        rows -= 4
     out, lse = attention(mate, q, k, v, **options)
-    assert (out == 0).all()
-    assert torch.equal(lse, torch.full_like(lse, -INF if sink is None else sink))
+    assert (out[:, :rows] == 0).all()
+    lse = lse[..., :rows]
+    expected = torch.full_like(lse, -INF if sink is None else sink)
+    torch.testing.assert_close(lse, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("sink", [None, 0.5])

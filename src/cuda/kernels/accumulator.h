@@ -10,10 +10,12 @@ namespace mate::cuda {
 /// Rows of the accumulator that a thread holds parts of.
 inline constexpr int rows_of_thread = 2;
 
-/// The row, among a warpgroup's 64, of a thread's row i.
+/// Row i, of 16, of a warp, among its warpgroup's 64.
+__device__ inline int accumulator_row_of_warp(int i) { return static_cast<int>(threadIdx.x % 128 / 32) * 16 + i; }
+
+/// The row of a thread's row i.
 __device__ inline int accumulator_row(int i) {
-  const int thread = threadIdx.x % 128;
-  return thread / 32 * 16 + thread % 32 / 4 + 8 * i;
+  return accumulator_row_of_warp(static_cast<int>(threadIdx.x % 32 / 4) + 8 * i);
 }
 
 /// The first column that this thread holds.

@@ -40,7 +40,7 @@ __device__ inline void combine(const CombineProblem& p) {
         [&](int part, int column) { return __ldcg(sums_of_part + part * p.partial_split_stride + column); },
         [&](PartWeight all) {
           float share;
-          lse = finish_softmax(all.max, all.sum, -infinity(), share);
+          lse = finish_softmax(all.max, all.sum, share);
           return share;
         },
         [&](int column, const float(&sum)[1]) { narrow(sum[0], out, column, p.out.type); });

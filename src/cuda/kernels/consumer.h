@@ -43,7 +43,9 @@ class Consumer {
     shared_.work.full[tile.stage()].wait(tile.parity());
     const TileWork& work = work_of(tile);
     if (work.sequence < 0) return false;
-    if (!variant.splits && group_ == 0 && threadIdx.x % 128 == 0) shared_.begun.arrive();
+    if (!variant.splits && group_ == 0 && threadIdx.x % 128 == 0) {
+      shared_.begun[tile.template in<2>().stage()].arrive();
+    }
     if constexpr (!variant.stream()) find_visible(work);
     return true;
   }
@@ -54,13 +56,16 @@ class Consumer {
   /// What the rows of this warp see, if some of it is to be hidden: found while registers are few, by a lane for each.
   __device__ void find_visible(const TileWork& work) {
     // It is not worth registers all along.
-    const int thread = ptx::known_only_here(threadIdx.x % 128);
-    const int lane = thread % 32;
+    const int lane = ptx::known_only_here(threadIdx.x % 32);
     __syncwarp();  // all lanes have read what the tile before left here
-    if (lane < 16 && (work.whole.begin > work.blocks.begin || work.whole.end < work.blocks.end)) {
-      const int row = thread / 32 * 16 + lane;
+    const bool hides_first = work.whole.begin > work.blocks.begin;
+    const bool hides_last = work.whole.end < work.blocks.end;
+    if (lane < 16 && (hides_first || hides_last)) {
+      const int row = accumulator_row_of_warp(lane);
       const int query = min(place_of(a_, work, first_row() + row).query, work.used - 1);
-      shared_.visible[group_ * 64 + row] = visible_keys(a_.problem.mask, work.place.lengths, query);
+      KeyRange& visible = shared_.visible[group_ * 64 + row];
+      if (hides_first) visible.begin = first_visible(a_.problem.mask, work.place.lengths, query);
+      if (hides_last) visible.end = end_visible(a_.problem.mask, work.place.lengths, query);
     }
     __syncwarp();
   }
@@ -255,9 +260,10 @@ class Consumer {
   }
 };
 
-/// A forward kernel: its block of threads divided among those who schedule, load, and consume.
+/// A forward kernel: its block of threads divided among those who schedule, load, and consume. No call: products that
+/// run on must not cross one.
 template <ForwardVariant variant, typename ConsumerOfVariant>
-__device__ void run(const ForwardArguments& a) {
+__device__ __forceinline__ void run(const ForwardArguments& a) {
   static_assert(sizeof(ForwardShared<variant>) <= variant.shared_bytes());
   extern __shared__ unsigned char memory[];
   auto& shared = *reinterpret_cast<ForwardShared<variant>*>(memory);

@@ -7,8 +7,8 @@
 //
 // | who                        | does                                               | waits for  | tells     |
 // | -------------------------- | -------------------------------------------------- | ---------- | --------- |
-// | warp 0: scheduler          | takes a tile when the one before is begun, and     | work.empty | work.full |
-// |                            | finds its sequence and keys                        | begun      |           |
+// | warp 0: scheduler          | takes a tile about when the one before is begun,   | work.empty | work.full |
+// |                            | and finds its sequence and keys                    | begun      |           |
 // | warp 1: loader             | fetches a block of keys, the last block first      | k.empty    | k.full    |
 // |                            | fetches the tile's queries                         | q.empty    | q.full    |
 // | warp 2: loader             | fetches a block of values                          | v.empty    | v.full    |
@@ -268,7 +268,7 @@ class ForwardConsumer : Consumer<variant> {
 };
 
 template <ForwardVariant variant>
-__device__ void forward(const ForwardArguments& a) {
+__device__ __forceinline__ void forward(const ForwardArguments& a) {
   run<variant, ForwardConsumer<variant>>(a);
 }
 

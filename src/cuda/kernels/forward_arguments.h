@@ -37,8 +37,10 @@ struct ForwardArguments {
   TensorMap qv;  ///< like q, where it is given
   Problem problem;
   ServedSequences served;
-  int pack = 1;                ///< query heads that share a tile
+  int pack = 1;                ///< query heads that share a tile, a unit
   int tile_rows = 0;           ///< rows of a tile: a multiple of pack
+  int units = 1;               ///< of query heads,
+  int units_of_key_head = 1;   ///< and how many of them share a key head
   float heads_reciprocal = 1;  ///< 1 / pack
   float score_factor =
       1;  ///< multiplies products before they are capped and compared: 1, but for softcap and odd scales
@@ -53,6 +55,7 @@ struct ForwardArguments {
   bool all_chunks_v = false;
   bool wide_rows = false;         ///< rows of out are aligned to 16 bytes
   float* carried_sums = nullptr;  ///< room for those of each block of threads, if it is needed
+  int expected_tiles = 0;         ///< about as many as there are, of all sequences; 0: unknown
   int* counters = nullptr;        ///< 0 before and after: of tiles taken, or of the parts of tiles that are done
 
   // Where the keys of tiles are shared out.

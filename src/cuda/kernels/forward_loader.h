@@ -169,7 +169,7 @@ class ForwardLoader {
       if (a_.cut.parts_are_grains()) {
         const int tile = tile_number(variant.tiling(a_.pack), variant.one_tile(), p.ragged_queries(), p.queries.rows,
                                      work.sequence, work.place.first_q, work.tile);
-        first_slot = (tile * (p.heads_q / a_.pack) + work.unit) * a_.parts.slots_of_tile;
+        first_slot = (tile * a_.units + work.unit) * a_.parts.slots_of_tile;
       }
       work.parts = parts_of(a_.cut, work.shares, work.steps, work.cut, worker.number, work.blocks, first_slot);
       work.parts.counter += worker.member * worker.workers;
@@ -312,9 +312,7 @@ class ForwardLoader {
       of_lane[i] = exists ? row_of<KeyBits>(rows, places.slot[i], places.row[i], work.head_k) : nullptr;
     }
     gather_.template copy<variant.block_keys, padded>(tile, head_dim, [&](int, unsigned row_of_warp) {
-      const KeyBits* const row = row_of_warp < 32 ? of_lane[0] : of_lane[Places::size - 1];
-      return reinterpret_cast<const KeyBits*>(
-          __shfl_sync(~0U, reinterpret_cast<unsigned long long>(row), row_of_warp % 32));
+      return from_lane(row_of_warp < 32 ? of_lane[0] : of_lane[Places::size - 1], row_of_warp % 32);
     });
     gather_.arrive(full);
   }

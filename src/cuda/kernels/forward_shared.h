@@ -87,7 +87,7 @@ struct ForwardShared {
   RingBarriers<variant.stages> k, v;
   RingBarriers<variant.prepares() ? variant.fetched_stages : 1> fetched_k, fetched_v;  ///< likewise
   RingBarriers<work_stages> work;
-  ptx::Mbarrier begun;      ///< a tile: the next may be taken
+  ptx::Mbarrier begun[2];   ///< is every second tile: those after it may be taken
   ptx::Mbarrier readable;   ///< is all memory: earlier kernels have ended
   ptx::Mbarrier v_fetched;  ///< of a block of values that the loader changes before consumers may have it
   ptx::Mbarrier weighed[variant.consumers_of_row()];  ///< a block, by each of the consumers of the same rows
@@ -114,7 +114,7 @@ struct ForwardShared {
     if constexpr (variant.widens()) fetched_k.init(producers, readers);
     if constexpr (variant.prepares()) fetched_v.init(producers, readers);
     work.init(1, 32 * (variant.loader_warps() + preparers + consumer_warps));
-    begun.init(1);
+    for (ptx::Mbarrier& barrier : begun) barrier.init(1);
     readable.init(1);
     rehearsal.init();
     v_fetched.init(1);

@@ -166,8 +166,7 @@ __device__ inline void merge_rows(int count, int parts, int width, const WeightO
 #pragma unroll
     for (int i = 0; i < lines_at_once; ++i) {
       const float share = __shfl_sync(~0U, merged.share, rows[i]);
-      auto* const out = reinterpret_cast<unsigned short*>(
-          __shfl_sync(~0U, reinterpret_cast<unsigned long long>(merged.out), rows[i]));
+      unsigned short* const out = from_lane(merged.out, rows[i]);
 #pragma unroll
       for (float& sum : total[i]) sum = share == 0 ? 0 : sum;
       if (columns[i] < width) store(out, columns[i], total[i]);

@@ -39,24 +39,32 @@ class ResultWriter {
         return;
       }
     }
+    // Two lanes for each row of the warp find where it goes; those that hold its sums ask the first of them.
+    const int lane = threadIdx.x % 32;
+    const RowPlace place = place_of(a_, work, group() * 64 + accumulator_row_of_warp(lane % 16));
+    float shares[rows_of_thread];
+    float lses[rows_of_thread];
+    finish(softmax, place, work.used, shares, lses);
     const int slot = p.query_slot(work.sequence);
+    const long long row = row_in_tensor(work, place);
+    const bool exists = place.query < work.capacity;
+    unsigned short* out = p.out.at<unsigned short>(slot, row, place.head) + first_column();
+    if (!exists) out = nullptr;
+    unsigned short* outs[rows_of_thread];
 #pragma unroll
-    for (int i = 0; i < rows_of_thread; ++i) {
-      const RowPlace place = place_of(a_, work, group() * 64 + accumulator_row(i));
-      const bool exists = place.query < work.capacity;
-      const long long row = row_in_tensor(work, place);
-      float share;
-      float lse = softmax.finish(i, sink_of(p, place.head), share);
-      if (place.query >= work.used) {
-        share = 0;
-        lse = -infinity();
-      }
-      if (__any_sync(~0U, share == 0)) clear_row_if<columns>(sums, i, share == 0);
-      if (share != 0) share *= value_factor;
-      auto* const out =
-          exists ? static_cast<unsigned short*>(p.out.at(slot, row, place.head)) + first_column() : nullptr;
-      store_row<variant.types.out, columns>(sums, i, share, out, p.head_dim_v - first_column(), a_.wide_rows);
-      if (exists && p.lse.data != nullptr && has_first_column()) p.lse.at(slot, place.head, row) = lse;
+    for (int i = 0; i < rows_of_thread; ++i) outs[i] = from_lane(out, lane / 4 + 8 * i);
+    if (__any_sync(~0U, shares[0] == 0 || shares[1] == 0)) {
+#pragma unroll
+      for (int i = 0; i < rows_of_thread; ++i) clear_row_if<columns>(sums, i, shares[i] == 0);
+    }
+#pragma unroll
+    for (float& share : shares) share *= share == 0 ? 1 : value_factor;
+    store_rows<variant.types.out, columns>(sums, shares, outs, p.head_dim_v - first_column(), a_.wide_rows);
+    // Back to the lanes that know where.
+    const float of_upper = __shfl_sync(~0U, lses[0], 4 * (lane % 8));
+    const float of_lower = __shfl_sync(~0U, lses[1], 4 * (lane % 8));
+    if (lane < 16 && exists && p.lse.data != nullptr && first_column() == 0) {
+      p.lse.at(slot, place.head, row) = lane < 8 ? of_upper : of_lower;
     }
   }
 
@@ -89,6 +97,35 @@ class ResultWriter {
   __device__ int first_column() const { return variant.wide ? consumer_ * columns : 0; }
   /// Whether this thread has the first column of its rows.
   __device__ bool has_first_column() const { return first_column() + accumulator_column() == 0; }
+
+  /// Ends the sums of this thread's rows: what they are to be multiplied by, and the log-sum-exp. Row r of the warp
+  /// has the place that lane r says, and is not computed from query `used` on.
+  __device__ void finish(const OnlineSoftmax& softmax, const RowPlace& place, int used, float (&shares)[rows_of_thread],
+                         float (&lses)[rows_of_thread]) const {
+    const int first = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < rows_of_thread; ++i) lses[i] = softmax.finish(i, shares[i]);
+    if (a_.problem.sink.given()) {
+      const float sink = sink_of(a_.problem, place.head);
+#pragma unroll
+      for (int i = 0; i < rows_of_thread; ++i) {
+        lses[i] = add_sink(lses[i], __shfl_sync(~0U, sink, first + 8 * i), shares[i]);
+      }
+    }
+    const unsigned computed = __ballot_sync(~0U, place.query < used);
+#pragma unroll
+    for (int i = 0; i < rows_of_thread; ++i) {
+      if ((computed >> (first + 8 * i) & 1) != 0) continue;
+      shares[i] = 0;
+      lses[i] = -infinity();
+    }
+  }
+
+  /// The same of a row whose parts have such weights.
+  __device__ float finish(const PartWeight& all, int head, float& share) const {
+    const float lse = finish_softmax(all.max, all.sum, share);
+    return add_sink(lse, sink_of(a_.problem, head), share);
+  }
 
   /// A row of a slot of partial results.
   __device__ long long partial_row(const TileWork& work, int part, int row) const {
@@ -165,9 +202,9 @@ class ResultWriter {
           const RowPlace place = place_of(a_, work, row(i));
           const long long row_of_out = row_in_tensor(work, place);
           MergedRow merged;
-          const float lse = finish_softmax(all.max, all.sum, sink_of(p, place.head), merged.share);
+          const float lse = finish(all, place.head, merged.share);
           if (p.lse.data != nullptr) p.lse.at(slot, place.head, row_of_out) = lse;
-          merged.out = static_cast<unsigned short*>(p.out.at(slot, row_of_out, place.head));
+          merged.out = p.out.at<unsigned short>(slot, row_of_out, place.head);
           return merged;
         },
         [&](unsigned short* out, int column, float(&sums)[4]) { store_columns(out, column, sums, value_factor); });
@@ -181,7 +218,7 @@ class ResultWriter {
 
   /// Where the rows of queries before `query` end in this group.
   __device__ int end_of_rows(const TileWork& work, int query) const {
-    const int before = (query - work.first_query) * a_.pack - work.first_head;
+    const int before = (query - work.first_query) * a_.pack;
     return min(min(before, a_.tile_rows), first_row() + rows);
   }
 
@@ -234,14 +271,14 @@ class ResultWriter {
         clear_row(p, slot, out_row, place.head, -infinity());
         continue;
       }
-      auto* const out = static_cast<unsigned short*>(p.out.at(slot, out_row, place.head));
+      auto* const out = p.out.at<unsigned short>(slot, out_row, place.head);
       float lse = 0;
       merge_row<float4, true, at_once>(
           count, p.head_dim_v, [&](int part) { return weight_of(part, row); },
           [&](int part, int column) { return read(part, row, column); },
           [&](PartWeight all) {
             float share;
-            lse = finish_softmax(all.max, all.sum, sink_of(p, place.head), share);
+            lse = finish(all, place.head, share);
             return share;
           },
           [&](int column, float(&sums)[4]) { store_columns(out, column, sums, value_factor); });

@@ -56,8 +56,13 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
   }
   for (RingPlace<ForwardShared<variant>::work_stages> place;; place.advance()) {
     if constexpr (!variant.splits) {
-      // Not more than one tile is taken ahead of its turn: others may have nothing to do by then.
-      shared.begun.wait(!place.is_odd());
+      // A tile is found when the one before is begun; or a step earlier, if that is shorter than finding one takes, and
+      // enough are left for those who would have nothing to do by then. Those before the first count as begun.
+      constexpr int few_blocks = 4;
+      const auto await_begin_of = [&](RingPlace<2> tile) { shared.begun[tile.stage()].wait(tile.parity()); };
+      await_begin_of(place.before(2).template in<2>());
+      const bool hurries = scheduler.has_plenty() && shared.works[place.before(1).stage()].blocks.size() <= few_blocks;
+      if (!hurries) await_begin_of(place.before(1).template in<2>());
     }
     shared.work.empty[place.stage()].wait(place.parity() ^ 1);
     TileWork& work = shared.works[place.stage()];

@@ -68,15 +68,18 @@ __device__ inline void hide_keys_before(float (&scores)[keys / 2], int begin_of_
   }
 }
 
-/// Ends the softmax of a row whose weights are 2**(score - exponent) and add up to `sum`; they may be none. `sink` is
-/// its natural logarithm, -inf where there is none. Gives the log-sum-exp, and what the row's weighted values are to be
-/// multiplied by: 0 where they are to become 0, whatever they are.
-__device__ inline float finish_softmax(float exponent, float sum, float sink, float& share) {
-  share = 0;
-  if (sum == 0) return sink;
-  share = reciprocal_approximately(sum);
-  const float lse = (exponent + log2_approximately(sum)) * ln_of_2;
+/// Ends the softmax of a row whose weights are 2**(score - exponent) and add up to `sum`; they may be none. Gives the
+/// log-sum-exp, and what the row's weighted values are to be multiplied by: 0 where they are to become 0, whatever they
+/// are.
+__device__ inline float finish_softmax(float exponent, float sum, float& share) {
+  share = sum == 0 ? 0 : reciprocal_approximately(sum);
+  return sum == 0 ? -infinity() : (exponent + log2_approximately(sum)) * ln_of_2;
+}
+
+/// Adds a sink, which is its natural logarithm, -inf where there is none, to what finish_softmax() has given.
+__device__ inline float add_sink(float lse, float sink, float& share) {
   if (sink == -infinity()) return lse;
+  if (lse == -infinity()) return sink;
   if (sink == infinity() && lse < infinity()) {
     share = 0;
     return sink;
@@ -170,9 +173,7 @@ class OnlineSoftmaxOf {
   __device__ void set_sum(int i, float sum) { sum_[i] = Lanes::is_first() ? sum : 0; }
 
   /// Ends the sums: see finish_softmax().
-  __device__ float finish(int i, float sink, float& share) const {
-    return finish_softmax(exponent(i), sum(i), sink, share);
-  }
+  __device__ float finish(int i, float& share) const { return finish_softmax(exponent(i), sum(i), share); }
 
   /// What is to be merged with other sums: the exponent of 2 that row i's weights are relative to, and their sum.
   __device__ float2 partial(int i) const {

@@ -288,7 +288,6 @@ class SplitScheduler : StepCounter<variant> {
       work.steps = tile;
       if constexpr (variant.one_tile()) {
         work.first_query = 0;
-        work.first_head = 0;
         this->set_keys(work, work.used > 0, count.first, count.last, {count.first.begin, count.last.end});
       }
     }

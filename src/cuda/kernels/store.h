@@ -25,38 +25,46 @@ __device__ inline void transpose_quad(unsigned (&words)[4]) {
   }
 }
 
-/// Writes the parts of row i that this thread holds, times `factor`, where `row` is not null. `wide`: rows are aligned
-/// to 16 bytes. All lanes of a warp call it.
+/// Writes the parts of its rows that this thread holds, each times its factor, where a row is not null. `wide`: rows
+/// are aligned to 16 bytes. All lanes of a warp call it.
 template <ElementType element, int columns>
-__device__ inline void store_row(const float (&values)[columns / 2], int i, float factor, void* row, int head_dim,
-                                 bool wide) {
-  const auto word = [&](int j) {
-    return pack<element>(values[4 * j + 2 * i] * factor, values[4 * j + 2 * i + 1] * factor);
+__device__ inline void store_rows(const float (&values)[columns / 2], const float (&factors)[rows_of_thread],
+                                  unsigned short* const (&rows)[rows_of_thread], int head_dim, bool wide) {
+  const auto word = [&](int i, int j) {
+    return pack<element>(values[4 * j + 2 * i] * factors[i], values[4 * j + 2 * i + 1] * factors[i]);
   };
-  auto* const elements = static_cast<unsigned short*>(row);
-  // Compared with what is left of the row, columns are constants.
-  const int left = row == nullptr ? 0 : head_dim;
+  // Compared with what is left of the row from this lane's first on, columns are constants.
+  const auto left_from = [&](int i, int column) { return rows[i] == nullptr ? 0 : head_dim - column; };
+  const int lane = threadIdx.x % 4;
   if (wide) {
-    const int lane = threadIdx.x % 4;
 #pragma unroll
-    for (int j = 0; j + 4 <= columns / 8; j += 4) {
-      unsigned words[4] = {word(j), word(j + 1), word(j + 2), word(j + 3)};
-      transpose_quad(words);
-      if (8 * j < left - 8 * lane) {
-        *reinterpret_cast<uint4*>(elements + 8 * j + 8 * lane) = make_uint4(words[0], words[1], words[2], words[3]);
+    for (int i = 0; i < rows_of_thread; ++i) {
+      unsigned short* const row = rows[i] + 8 * lane;
+      const int left = left_from(i, 8 * lane);
+#pragma unroll
+      for (int j = 0; j + 4 <= columns / 8; j += 4) {
+        unsigned words[4] = {word(i, j), word(i, j + 1), word(i, j + 2), word(i, j + 3)};
+        transpose_quad(words);
+        if (8 * j < left) {
+          *reinterpret_cast<uint4*>(row + 8 * j) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
       }
-    }
 #pragma unroll
-    for (int j = columns / 32 * 4; j < columns / 8; ++j) {
-      if (8 * j < left) *reinterpret_cast<unsigned*>(elements + 8 * j + 2 * lane) = word(j);
+      for (int j = columns / 32 * 4; j < columns / 8; ++j) {
+        if (8 * j < left_from(i, 0)) *reinterpret_cast<unsigned*>(rows[i] + 8 * j + 2 * lane) = word(i, j);
+      }
     }
   } else {
 #pragma unroll
-    for (int j = 0; j < columns / 8; ++j) {
-      const int column = 8 * j + accumulator_column();
-      const unsigned both = word(j);
-      if (column < left) elements[column] = static_cast<unsigned short>(both);
-      if (column + 1 < left) elements[column + 1] = static_cast<unsigned short>(both >> 16);
+    for (int i = 0; i < rows_of_thread; ++i) {
+      unsigned short* const row = rows[i] + 2 * lane;
+      const int left = left_from(i, 2 * lane);
+#pragma unroll
+      for (int j = 0; j < columns / 8; ++j) {
+        const unsigned both = word(i, j);
+        if (8 * j < left) row[8 * j] = static_cast<unsigned short>(both);
+        if (8 * j + 1 < left) row[8 * j + 1] = static_cast<unsigned short>(both >> 16);
+      }
     }
   }
 }

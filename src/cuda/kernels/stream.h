@@ -235,7 +235,7 @@ class StreamConsumer : Consumer<variant> {
 };
 
 template <ForwardVariant variant>
-__device__ void stream(const ForwardArguments& a) {
+__device__ __forceinline__ void stream(const ForwardArguments& a) {
   run<variant, StreamConsumer<variant>>(a);
 }
 

@@ -14,6 +14,9 @@ class TileScheduler : TileFinder<variant> {
  public:
   __device__ explicit TileScheduler(const ForwardArguments& arguments) : TileFinder<variant>(arguments) {}
 
+  /// Whether enough tiles seem to be left for all who take some.
+  __device__ bool has_plenty() const { return a_.expected_tiles - index_ > 2 * workers(); }
+
   /// Writes the next tile to `work`. Returns whether there was one.
   __device__ bool next(TileWork& work) {
     const bool first = index_ < 0;
@@ -38,7 +41,6 @@ class TileScheduler : TileFinder<variant> {
  private:
   using TileFinder<variant>::a_;
   using TileFinder<variant>::problem;
-  using TileFinder<variant>::tiling;
   using TileFinder<variant>::units;
 
   /// Blocks of threads that take tiles: not worth a register.
@@ -93,17 +95,23 @@ class TileScheduler : TileFinder<variant> {
   __device__ void choose_tile(TileWork& work) const {
     const int heads = problem().heads_k;
     const int sk = work.place.lengths.sk;
-    const int heads_in_l2 = clamp(a_.keys_in_l2 / (sk > 0 ? sk : 1), 1, heads);
-    const int sections = (heads + heads_in_l2 - 1) / heads_in_l2;
     const int tiles = this->tiles_of_capacity(work.capacity);
-    const int units_of_head = units() / heads;
-    // Section i has key heads i * heads / sections onward.
-    const int section = ((index_in_sequence_ / (tiles * units_of_head) + 1) * sections - 1) / heads;
-    const int first_head = section * heads / sections;
-    const int width = ((section + 1) * heads / sections - first_head) * units_of_head;
-    const int index = index_in_sequence_ - first_head * units_of_head * tiles;
-    work.unit = first_head * units_of_head + index % width;
-    work.tile = tiles - 1 - index / width;
+    int first_unit = 0;
+    int width = units();
+    if (static_cast<long long>(sk) * heads > a_.keys_in_l2) {
+      const int heads_in_l2 = max(divide(a_.keys_in_l2, sk), 1);
+      const int sections = divide(heads - 1, heads_in_l2) + 1;
+      // Section i has key heads i * heads / sections onward.
+      const int head = divide(index_in_sequence_, tiles * a_.units_of_key_head);
+      const int section = divide((head + 1) * sections - 1, heads);
+      const int first_head = divide(section * heads, sections);
+      first_unit = first_head * a_.units_of_key_head;
+      width = (divide((section + 1) * heads, sections) - first_head) * a_.units_of_key_head;
+    }
+    const int index = index_in_sequence_ - first_unit * tiles;
+    const int tiles_after = divide(index, width);
+    work.unit = first_unit + index - tiles_after * width;
+    work.tile = tiles - 1 - tiles_after;
   }
 
   int index_ = -1;

@@ -14,8 +14,7 @@ struct TileWork {
   int unit = 0;       ///< `pack` query heads
   int head_k = 0;     ///< their key head
   int tile = 0;
-  int first_query = 0;  ///< query row of the sequence that the tile begins with,
-  int first_head = 0;   ///< and which of the unit's heads
+  int first_query = 0;  ///< query row of the sequence that the tile begins with
   int capacity = 0;     ///< rows of out that belong to the sequence,
   int used = 0;         ///< and how many of them are computed: the rest is cleared
   Sequence place;
@@ -82,12 +81,14 @@ class TileFinder {
 
   __device__ const Problem& problem() const { return a_.problem; }
   __device__ Tiling tiling() const { return {a_.tile_rows, variant.block_keys, a_.pack}; }
-  __device__ int units() const { return problem().heads_q / a_.pack; }
+  __device__ int units() const { return a_.units; }
 
   /// Of one unit.
   __device__ int tiles_of_capacity(int rows) const {
-    if constexpr (variant.one_tile()) return rows > 0;
-    return tiles_of(tiling(), rows);
+    if (variant.one_tile() || rows <= 0) return rows > 0;
+    // More than an int holds, where a ragged sequence is longer than max_seqlen_q said.
+    const unsigned packed_rows = static_cast<unsigned>(rows) * static_cast<unsigned>(a_.pack);
+    return static_cast<int>((packed_rows - 1) / static_cast<unsigned>(a_.tile_rows)) + 1;
   }
 
   __device__ int used_rows(const Lengths& lengths) const {
@@ -125,14 +126,13 @@ class TileFinder {
     if (lane > 0) return;
     set_keys(work, rows.count() > 0, first, last, of_sequence);
     work.first_query = first_query;
-    work.first_head = static_cast<int>(rows.first) - first_query * a_.pack;
   }
 
   /// The keys of a tile, from what its first and last row see and what rows of its sequence do, if `any` of its rows
   /// are computed. One lane does that.
   __device__ void set_keys(TileWork& work, bool any, KeyRange first, KeyRange last, KeyRange of_sequence) const {
     const KeyRange seen_by_all = any ? keys_of_every_row(first, last) : KeyRange{};
-    work.head_k = work.unit * a_.pack / problem().group();
+    work.head_k = divide(work.unit, a_.units_of_key_head);
     work.seen = any ? of_sequence : KeyRange{};
     work.seen_by_all = seen_by_all;
     work.blocks = blocks_of_keys(tiling(), any ? keys_of_some_row(first, last) : KeyRange{});

@@ -5,6 +5,12 @@ namespace mate::cuda {
 
 __device__ inline bool first_lane() { return threadIdx.x % 32 == 0; }
 
+/// The pointer that another lane has.
+template <typename T>
+__device__ inline T* from_lane(T* pointer, int lane) {
+  return reinterpret_cast<T*>(__shfl_sync(~0U, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
 __device__ inline float warp_max(float x) {
   for (int distance = 16; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(~0U, x, distance));
   return x;

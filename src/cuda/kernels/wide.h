@@ -202,7 +202,7 @@ class WideConsumer : Consumer<variant> {
 };
 
 template <ForwardVariant variant>
-__device__ void wide(const ForwardArguments& a) {
+__device__ __forceinline__ void wide(const ForwardArguments& a) {
   run<variant, WideConsumer<variant>>(a);
 }
 
