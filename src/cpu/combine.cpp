@@ -22,7 +22,7 @@ void combine(const CombineProblem& problem) {
     for (int head = 0; head < problem.heads; ++head) {
       for (int split = 0; split < problem.splits; ++split) {
         const double lse = (&problem.partial_lse.at(b, head, row))[split * problem.lse_split_stride];
-        const auto* sums = static_cast<const float*>(problem.partial.at(b, row, head));
+        const auto* sums = problem.partial.at<const float>(b, row, head);
         const bool empty = lse == -std::numeric_limits<double>::infinity();
         parts[split] = {empty ? nullptr : sums + split * problem.partial_split_stride, lse * std::numbers::log2e, 1};
       }

@@ -295,7 +295,6 @@ KernelSource scheduler_metadata_source(int block_keys) {
 KernelSource append_source(const AppendTypes& types) {
   KernelSource source;
   source.name = join("append_", name_of(types.added), "_to_", name_of(types.key), "_for_", name_of(types.query));
-  // No more than one block to a multiprocessor has work: registers need not be spared for a second.
   // One block to a multiprocessor: with registers for two of them some variants spill.
   source.text = join("#include \"append.h\"\n\nextern \"C\" __global__ void __launch_bounds__(", append_threads,
                      ", 1) ", source.name, "(const __grid_constant__ mate::cuda::AppendArguments arguments) {\n",

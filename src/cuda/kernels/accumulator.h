@@ -13,7 +13,7 @@ inline constexpr int rows_of_thread = 2;
 /// Row i, of 16, of a warp, among its warpgroup's 64.
 __device__ inline int accumulator_row_of_warp(int i) { return static_cast<int>(threadIdx.x % 128 / 32) * 16 + i; }
 
-/// The row of a thread's row i.
+/// A thread's row i, likewise.
 __device__ inline int accumulator_row(int i) {
   return accumulator_row_of_warp(static_cast<int>(threadIdx.x % 32 / 4) + 8 * i);
 }

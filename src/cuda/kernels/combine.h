@@ -29,7 +29,7 @@ __device__ inline void combine(const CombineProblem& p) {
     const int row = static_cast<int>(i / p.heads % p.rows);
     const int b = static_cast<int>(i / p.heads / p.rows);
     const float* const lse_of_part = &p.partial_lse.at(b, head, row);
-    const auto* const sums_of_part = static_cast<const float*>(p.partial.at(b, row, head));
+    const auto* const sums_of_part = p.partial.at<const float>(b, row, head);
     void* const out = p.out.at(b, row, head);
     float lse = 0;
     merge_row<float, false>(

@@ -235,7 +235,7 @@ class ForwardLoader {
         gather_.template copy<variant.tile_rows(), padded>(part, head_dim, [&](int row, int) -> const QueryBits* {
           const RowPlace place = place_of(a_, work, row);
           if (place.query >= work.used) return nullptr;
-          return row_of<QueryBits>(rows, slot, row_in_tensor(work, place), place.head);
+          return rows.at<const QueryBits>(slot, row_in_tensor(work, place), place.head);
         });
       };
       gather.template operator()<variant.head_dim>(tile, p.q, p.head_dim);
@@ -297,7 +297,7 @@ class ForwardLoader {
     const int end = work.seen.end - first_key;
     const KeyLayout& keys = a_.problem.keys;
     if (!keys.paged()) {
-      const KeyBits* const first = row_of<KeyBits>(rows, places.slot[0], places.row[0], work.head_k);
+      const KeyBits* const first = rows.at<const KeyBits>(places.slot[0], places.row[0], work.head_k);
       gather_.template copy<variant.block_keys, padded>(tile, head_dim, [&](int row, int) -> const KeyBits* {
         return row >= begin && row < end ? first + row * rows.row_stride : nullptr;
       });
@@ -309,18 +309,12 @@ class ForwardLoader {
 #pragma unroll
     for (int i = 0; i < Places::size; ++i) {
       const bool exists = places.slot[i] >= 0 && places.slot[i] < keys.slots;
-      of_lane[i] = exists ? row_of<KeyBits>(rows, places.slot[i], places.row[i], work.head_k) : nullptr;
+      of_lane[i] = exists ? rows.at<const KeyBits>(places.slot[i], places.row[i], work.head_k) : nullptr;
     }
     gather_.template copy<variant.block_keys, padded>(tile, head_dim, [&](int, unsigned row_of_warp) {
       return from_lane(row_of_warp < 32 ? of_lane[0] : of_lane[Places::size - 1], row_of_warp % 32);
     });
     gather_.arrive(full);
-  }
-
-  template <typename Bits>
-  __device__ static const Bits* row_of(const Rows& rows, long long slot, long long row, long long head) {
-    return static_cast<const Bits*>(rows.data) + slot * rows.slot_stride + row * rows.row_stride +
-           head * rows.head_stride;
   }
 
   const ForwardArguments& a_;

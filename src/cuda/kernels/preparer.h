@@ -144,8 +144,7 @@ class Preparer {
       const RowPlace place = place_of(a_, work, row);
       const int column = 16 * piece;
       if (place.query >= work.used || column >= head_dim) return uint4{};
-      const auto* const source =
-          static_cast<const unsigned char*>(rows.at(slot, row_in_tensor(work, place), place.head));
+      const auto* const source = rows.at<const unsigned char>(slot, row_in_tensor(work, place), place.head);
       return read_piece(source + column, min(head_dim - column, 16), a_.copy_bytes);
     });
   }
