@@ -22,10 +22,9 @@
 // |                            | after the last block stores sums and log-sum-exp,  |            | q.empty   |
 // |                            | or a part of them, and merges parts if it is last  |            |           |
 //
-// So the matrix units work while weights are made: a consumer starts both products only when the one before it has its
-// scores. Were it to start with that one, they would share the matrix units, have their scores at one time, and make
-// weights at one time, for which they share a unit too. Registers move from the producers to the consumers
-// (setmaxnreg): a consumer holds its 64 rows of scores, weights and sums in them.
+// So the matrix units work while weights are made: a consumer starts both products only when the one before it has
+// started its own, so that they stay a step apart, and one makes weights while another multiplies. Registers move from
+// the producers to the consumers (setmaxnreg): a consumer holds its 64 rows of scores, weights and sums in them.
 #pragma once
 
 #include "carried_sums.h"
@@ -98,9 +97,9 @@ class ForwardConsumer : Consumer<variant> {
     await_keys();
     const bool in_turn = begin_turn();
     start_scores(scores, query_matrix(tile), key_matrix());
+    if (in_turn) pass_turn();
     ptx::wgmma_wait<0>();
     ptx::hold(scores);
-    if (in_turn) pass_turn();
     release_keys();
     release_queries_at(tile, n);
     this->modify_scores(scores, tile);
@@ -229,9 +228,9 @@ class ForwardConsumer : Consumer<variant> {
     start_scores(scores, q, k);
     start_values(weights, sums, v, any_sums);
     any_sums = true;
+    if constexpr (variant.warpgroups > 1) pass_turn();
     ptx::wgmma_wait<1>();
     ptx::hold(scores);
-    if constexpr (variant.warpgroups > 1) pass_turn();
   }
 
   /// Waits for the product with the values. The assembler moves this wait up to the last branch before it, so that one
