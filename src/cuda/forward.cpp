@@ -86,22 +86,25 @@ bool encode_maps(const Problem& p, const ForwardVariant& variant, ForwardArgumen
     if (p.qv.given() && !encode_queries(arguments.qv, p.qv, p.head_dim_v)) return false;
   }
   if (p.keys.rows == 0 || p.keys.slots == 0) return true;  // nothing will be read
-  const auto encode_keys = [&](TensorMap& map, const Rows& rows, int head_dim, bool& all_chunks) {
+  const auto encode_keys = [&](TensorMap& map, const Rows& rows, int head_dim, int columns_of_box, bool& all_chunks) {
     const Dimension of_heads{p.heads_k, rows.head_stride, 1};
     const Dimension of_rows{p.keys.rows, rows.row_stride, arguments.box_keys};
     const Dimension of_slots{p.keys.slots, rows.slot_stride, 1};
     const int columns = chunk_row_bytes / bytes_of(rows.type);
     // Of whole chunks only: in a map that is cut into chunks, columns past the head would be the next one's, not zeros.
-    all_chunks = variant.stream() && head_dim > columns && head_dim % columns == 0;
+    // And where a block is one box: in tiles of wide.h a chunk has all its rows.
+    const bool may_be = variant.stream() || (variant.wide && arguments.boxes == 1);
+    all_chunks = may_be && head_dim > columns && head_dim % columns == 0;
     if (all_chunks) {
-      const int chunks = head_dim / columns;
-      return encode(map, rows, columns, std::array{of_rows, Dimension{chunks, columns, chunks}, of_heads, of_slots},
-                    promotion);
+      const Dimension of_chunks{head_dim / columns, columns, columns_of_box / columns};
+      return encode(map, rows, columns, std::array{of_rows, of_chunks, of_heads, of_slots}, promotion);
     }
     return encode(map, rows, head_dim, std::array{of_heads, of_rows, of_slots}, promotion);
   };
-  return encode_keys(arguments.k, p.k, p.head_dim, arguments.all_chunks_k) &&
-         encode_keys(arguments.v, p.v, p.head_dim_v, arguments.all_chunks_v);
+  return encode_keys(arguments.k, p.k, p.head_dim, variant.stream() ? p.head_dim : variant.head_dim,
+                     arguments.all_chunks_k) &&
+         encode_keys(arguments.v, p.v, p.head_dim_v,
+                     variant.stream() ? p.head_dim_v : variant.head_dim_v / variant.v_slices(), arguments.all_chunks_v);
 }
 
 Scores scores_of(const Problem& p) {

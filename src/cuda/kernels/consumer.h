@@ -107,23 +107,31 @@ class Consumer {
                           chunk_bytes);
   }
 
-  /// Starts scores = queries x keys, times `qk_factor`, and, where there are queries of values, + these x values (`v`).
-  __device__ static void start_scores(ScoreTile scores, unsigned q, unsigned k, [[maybe_unused]] unsigned v = 0,
-                                      [[maybe_unused]] float qk_factor = 1) {
+  // An instruction multiplies what 32 bytes of the sum's elements hold.
+  static constexpr int step_bytes = 32;
+  __device__ static constexpr int steps_of(int elements) { return elements * bytes_of(variant.element()) / step_bytes; }
+  /// Where a step begins in a matrix of `rows` rows along the sum.
+  template <int rows>
+  __device__ static constexpr int bytes_of_step(int step) {
+    constexpr int steps_of_chunk = chunk_row_bytes / step_bytes;
+    return step / steps_of_chunk * rows * chunk_row_bytes + step % steps_of_chunk * step_bytes;
+  }
+
+  /// scores + queries x keys, of `columns` columns; or scores = queries x keys, where they do not `accumulate` yet.
+  template <int columns>
+  __device__ static void multiply(ScoreTile scores, unsigned q, unsigned k, int accumulate) {
+#pragma unroll
+    for (int step = 0; step < steps_of(columns); ++step) {
+      ptx::wgmma<variant.element(), variant.block_keys>(
+          scores, ptx::advance(q, bytes_of_step<variant.tile_rows()>(step)),
+          ptx::advance(k, bytes_of_step<variant.block_keys>(step)), accumulate | (step > 0));
+    }
+  }
+
+  /// Starts scores = queries x keys.
+  __device__ static void start_scores(ScoreTile scores, unsigned q, unsigned k) {
     ptx::wgmma_fence();
     multiply<variant.head_dim>(scores, q, k, 0);
-    if constexpr (variant.qv) {
-      if constexpr (variant.widens()) {
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
-        ptx::hold(scores);
-#pragma unroll
-        for (float& score : scores) score *= qk_factor;
-        ptx::wgmma_fence();
-      }
-      constexpr int q_part = variant.qv_offset();
-      multiply<variant.head_dim_v>(scores, ptx::advance(q, q_part), v, 1);
-    }
     ptx::wgmma_commit();
   }
 
@@ -237,27 +245,6 @@ class Consumer {
   int group_;
   ResultWriter<variant> results_;
   RingPlace<variant.stages> next_;  ///< of the block that comes next
-
- private:
-  // An instruction multiplies what 32 bytes of the sum's elements hold.
-  static constexpr int step_bytes = 32;
-  __device__ static constexpr int steps_of(int elements) { return elements * bytes_of(variant.element()) / step_bytes; }
-  /// Where a step begins in a matrix of `rows` rows along the sum.
-  template <int rows>
-  __device__ static constexpr int bytes_of_step(int step) {
-    constexpr int steps_of_chunk = chunk_row_bytes / step_bytes;
-    return step / steps_of_chunk * rows * chunk_row_bytes + step % steps_of_chunk * step_bytes;
-  }
-
-  template <int head_dim>
-  __device__ static void multiply(ScoreTile scores, unsigned q, unsigned k, int accumulate) {
-#pragma unroll
-    for (int step = 0; step < steps_of(head_dim); ++step) {
-      ptx::wgmma<variant.element(), variant.block_keys>(
-          scores, ptx::advance(q, bytes_of_step<variant.tile_rows()>(step)),
-          ptx::advance(k, bytes_of_step<variant.block_keys>(step)), accumulate | (step > 0));
-    }
-  }
 };
 
 /// A forward kernel: its block of threads divided among those who schedule, load, and consume. No call: products that

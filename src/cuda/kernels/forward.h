@@ -170,7 +170,7 @@ class ForwardConsumer : Consumer<variant> {
         start_values(weights, sums, value_matrix(next_.before(1)), any_sums);
         ptx::wgmma_wait<0>();
         ptx::hold(sums);
-        if (skips) release(shared_.v.empty[next_.before(1).stage()]);
+        if (skips) release(shared_.v[0].empty[next_.before(1).stage()]);
       }
       if (ends_part) {
         carried.add_to(sums, finished);
@@ -204,7 +204,7 @@ class ForwardConsumer : Consumer<variant> {
       if (begin_turn()) pass_turn();
       release_keys();
       release_queries_at(tile, n);
-      release(shared_.v.empty[next_.before(1).stage()]);
+      release(shared_.v[0].empty[next_.before(1).stage()]);
     }
     release_tile(tile);
   }
@@ -238,7 +238,7 @@ class ForwardConsumer : Consumer<variant> {
   __device__ void finish_values(Sums sums) {
     ptx::wgmma_wait<0>();
     ptx::hold(sums);
-    release(shared_.v.empty[next_.before(2).stage()]);
+    release(shared_.v[0].empty[next_.before(2).stage()]);
   }
 
   /// Waits for this consumer's turn. The first block of all is everybody's at once: then there is none, and false.
@@ -255,10 +255,10 @@ class ForwardConsumer : Consumer<variant> {
 
   // next_ is of the keys that come next; the values come a block behind.
   __device__ void await_keys() const { await(shared_.k, next_); }
-  __device__ void await_values() const { await(shared_.v, next_.before(1)); }
+  __device__ void await_values() const { await(shared_.v[0], next_.before(1)); }
   /// Those that are multiplied now, so that this is over already.
   __device__ void await_values_in_use() const {
-    shared_.v.full[next_.before(2).stage()].wait(next_.before(2).parity());
+    shared_.v[0].full[next_.before(2).stage()].wait(next_.before(2).parity());
   }
 
   __device__ void release_keys() {

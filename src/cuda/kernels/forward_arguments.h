@@ -49,8 +49,8 @@ struct ForwardArguments {
   int copy_bytes = 0;        ///< rows that are read one by one are read in pieces of so many bytes
   int box_keys = 0;          ///< keys that are fetched together: no more than a page has
   int boxes = 0;             ///< of a block of keys
-  // Whether a box of k, of v, has all chunks of its rows, for stream.h: (columns of a chunk, rows, chunks, heads,
-  // slots).
+  // Whether a box of k, of v, has all chunks of its rows, or of those columns that are fetched together, for stream.h
+  // and wide.h: (columns of a chunk, rows, chunks, heads, slots).
   bool all_chunks_k = false;
   bool all_chunks_v = false;
   bool wide_rows = false;         ///< rows of out are aligned to 16 bytes

@@ -55,11 +55,11 @@ class ForwardLoader {
     else
       return shared_.k;
   }
-  __device__ RingBarriers<v_stages>& v_ring() const {
+  __device__ RingBarriers<v_stages>& v_ring([[maybe_unused]] int slice) const {
     if constexpr (variant.prepares())
       return shared_.fetched_v;
     else
-      return shared_.v;
+      return shared_.v[slice];
   }
   __device__ unsigned char* k_tile(int stage) const {
     if constexpr (variant.widens())
@@ -179,47 +179,46 @@ class ForwardLoader {
   /// What the L2 cache does with a tile's keys: those of sequences with many tiles are read again, so that those that
   /// are decoded beside prompts, or of a sequence that is one tile among others, had better not drive them out.
   __device__ ptx::CachePolicy policy_for(const TileWork& work) const {
-    if constexpr (!variant.splits) return {};
+    if constexpr (!variant.splits) return ptx::CachePolicy::evict_normal;
     if constexpr (variant.one_tile()) return policy_;
     return ptx::policy_of(work.capacity * a_.pack <= a_.tile_rows);
   }
 
-  /// Has the copy engine fetch a box of keys or values: all chunks by one order, or chunk by chunk. For stream.h boxes
-  /// lie one after another; elsewhere each is some rows of the tile's chunks.
-  template <int padded>
-  __device__ void fetch_box(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, bool all_chunks,
-                            ptx::Mbarrier& barrier, int head, const Places& box) const {
-    if constexpr (variant.splits) {
-      if (variant.stream() && all_chunks) {
-        ptx::load_box(tile, map, barrier, policy, 0, box.row[0], 0, head, box.slot[0]);
-        return;
-      }
-      const int rows = variant.stream() ? a_.box_keys : variant.block_keys;
-      load_keys<key_bytes>(tile, rows * chunk_row_bytes, padded, map, barrier, policy, head, box.row[0], box.slot[0]);
+  /// Has the copy engine fetch columns of a box of keys or values: all chunks by one order, or chunk by chunk. For
+  /// stream.h boxes lie one after another; elsewhere each is some rows of the tile's chunks.
+  template <int columns>
+  __device__ void fetch_box(ptx::CachePolicy policy, unsigned char* tile, int first_column, const TensorMap& map,
+                            bool all_chunks, ptx::Mbarrier& barrier, int head, const Places& box) const {
+    if ((variant.stream() || variant.wide) && all_chunks) {
+      ptx::load_box(tile, map, barrier, policy, 0, box.row[0], first_column / chunk_columns, head, box.slot[0]);
     } else {
-      load_tile<variant.block_keys, key_bytes>(tile, padded, map, barrier, head, box.row[0], box.slot[0]);
+      const int rows = variant.stream() ? a_.box_keys : variant.block_keys;
+      load_keys<key_bytes>(tile, rows * chunk_row_bytes, first_column, columns, map, barrier, policy, head, box.row[0],
+                           box.slot[0]);
     }
   }
 
-  /// Starts fetching a block of rows, which makes up `bytes`.
-  template <int padded>
-  __device__ void fetch(ptx::CachePolicy policy, unsigned char* tile, const TensorMap& map, bool all_chunks,
-                        ptx::Mbarrier& barrier, int bytes, int head, const Places& box) {
+  /// Starts fetching columns of a block of rows.
+  template <int columns>
+  __device__ void fetch(const TileWork& work, unsigned char* tile, int first_column, const TensorMap& map,
+                        bool all_chunks, ptx::Mbarrier& barrier, const Places& box) {
+    const ptx::CachePolicy policy = policy_for(work);
     if (!a_.problem.keys.paged()) {
-      if (first_lane()) {
-        barrier.arrive_expecting(bytes);
-        fetch_box<padded>(policy, tile, map, all_chunks, barrier, head, box);
-      }
+      if (first_lane()) fetch_box<columns>(policy, tile, first_column, map, all_chunks, barrier, work.head_k, box);
       return;
     }
-    if (first_lane()) barrier.arrive_expecting(bytes);
-    __syncwarp();
     const int lane = threadIdx.x % 32;
     if (lane < a_.boxes) {
-      constexpr int chunks_of_box = variant.stream() ? chunks_of(padded, key_bytes) : 1;
-      fetch_box<padded>(policy, tile + lane * a_.box_keys * chunk_row_bytes * chunks_of_box, map, all_chunks, barrier,
-                        head, box);
+      constexpr int chunks_of_box = variant.stream() ? chunks_of(columns, key_bytes) : 1;
+      fetch_box<columns>(policy, tile + lane * a_.box_keys * chunk_row_bytes * chunks_of_box, first_column, map,
+                         all_chunks, barrier, work.head_k, box);
     }
+  }
+
+  /// Tells the barrier how many bytes this warp is about to fetch.
+  __device__ static void expect(ptx::Mbarrier& barrier, int bytes) {
+    if (first_lane()) barrier.arrive_expecting(bytes);
+    __syncwarp();
   }
 
   __device__ void load_q(const TileWork& work) {
@@ -244,9 +243,9 @@ class ForwardLoader {
     } else if (first_lane()) {
       full.arrive_expecting(a_.tile_rows * variant.q_chunks() * chunk_row_bytes);
       const int row = work.place.first_q + work.first_query;
-      load_tile<variant.tile_rows(), query_bytes>(tile, variant.head_dim, a_.q, full, 0, row, work.unit, slot);
+      load_tile<variant.tile_rows(), query_bytes>(tile, 0, variant.head_dim, a_.q, full, 0, row, work.unit, slot);
       if constexpr (variant.qv) {
-        load_tile<variant.tile_rows(), query_bytes>(tile + qv_offset, variant.head_dim_v, a_.qv, full, 0, row,
+        load_tile<variant.tile_rows(), query_bytes>(tile + qv_offset, 0, variant.head_dim_v, a_.qv, full, 0, row,
                                                     work.unit, slot);
       }
     }
@@ -259,34 +258,51 @@ class ForwardLoader {
     if constexpr (variant.gather) {
       gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
     } else {
-      fetch<variant.head_dim>(policy_for(work), tile, a_.k, a_.all_chunks_k, full, k_bytes, work.head_k, places);
+      expect(full, k_bytes);
+      fetch<variant.head_dim>(work, tile, 0, a_.k, a_.all_chunks_k, full, places);
     }
   }
 
   __device__ void load_v(const TileWork& work, int n, const Places& places, Place place_of_keys) {
     const auto place = place_of_keys.template in<v_stages>();
-    v_ring().empty[place.stage()].wait(place.parity() ^ 1);
     unsigned char* const tile = v_tile(place.stage());
-    ptx::Mbarrier& full = v_ring().full[place.stage()];
+    const auto await_empty = [&](int slice) { v_ring(slice).empty[place.stage()].wait(place.parity() ^ 1); };
     if constexpr (variant.gather) {
-      gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile, full);
+      await_empty(0);
+      gather_block<variant.head_dim_v>(work, n, places, a_.problem.v, a_.problem.head_dim_v, tile,
+                                       v_ring(0).full[place.stage()]);
     } else {
+      constexpr int slices = variant.v_slices();
+      constexpr int columns = variant.head_dim_v / slices;
+      const auto fetch_slice = [&](int slice, ptx::Mbarrier& barrier) {
+        fetch<columns>(work, tile + v_bytes / slices * slice, slice * columns, a_.v, a_.all_chunks_v, barrier, places);
+      };
       const bool clears = !variant.prepares() && !variant.stream() && fetches_unseen(work, n);
-      fetch<variant.head_dim_v>(policy_for(work), tile, a_.v, a_.all_chunks_v, clears ? shared_.v_fetched : full,
-                                v_bytes, work.head_k, places);
-      if (clears) clear_fetched(work, n, tile, full);
+      if (clears) expect(shared_.v_fetched, v_bytes);
+#pragma unroll 1
+      for (int slice = 0; slice < slices; ++slice) {
+        await_empty(slice);
+        ptx::Mbarrier& full = v_ring(slice).full[place.stage()];
+        if (!clears) expect(full, v_bytes / slices);
+        fetch_slice(slice, clears ? shared_.v_fetched : full);
+      }
+      if (!clears) return;
+      clear_fetched(work, n, tile);
+#pragma unroll 1
+      for (int slice = 0; slice < slices; ++slice) {
+        if (first_lane()) v_ring(slice).full[place.stage()].arrive();
+      }
     }
   }
 
-  /// Clears what no row sees once it is there, and hands the block over.
-  __device__ void clear_fetched(const TileWork& work, int n, unsigned char* tile, ptx::Mbarrier& full) {
+  /// Clears what no row sees once it is there.
+  __device__ void clear_fetched(const TileWork& work, int n, unsigned char* tile) {
     shared_.v_fetched.wait(v_fetched_parity_);
     v_fetched_parity_ ^= 1;
     clear_unseen(tile, pieces_of(variant.head_dim_v, key_bytes), work.seen, n * variant.block_keys, variant.block_keys,
                  [](int row, int piece) { return piece_offset<variant.block_keys>(row, piece); });
     ptx::fence_proxy_async();
     __syncwarp();
-    if (first_lane()) full.arrive();
   }
 
   template <int padded>

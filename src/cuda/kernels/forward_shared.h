@@ -84,7 +84,8 @@ struct ForwardShared {
   [[no_unique_address]] Rehearsal<variant> rehearsal;
   int is_last[variant.row_groups()];  ///< whether the parts of some rows are all done
   RingBarriers<variant.q_stages> q;
-  RingBarriers<variant.stages> k, v;
+  RingBarriers<variant.stages> k;
+  RingBarriers<variant.stages> v[variant.v_slices()];                                  ///< of each slice of the values
   RingBarriers<variant.prepares() ? variant.fetched_stages : 1> fetched_k, fetched_v;  ///< likewise
   RingBarriers<work_stages> work;
   ptx::Mbarrier begun[2];   ///< is every second tile: those after it may be taken
@@ -109,7 +110,9 @@ struct ForwardShared {
     constexpr int block_consumers = consumer_warps * (variant.stream() && variant.gather ? 32 : 1);
     q.init(variant.widens_queries() ? preparers : producers, block_consumers);
     k.init(variant.widens() ? preparers : producers, block_consumers);
-    v.init(variant.prepares() ? preparers : producers, block_consumers);
+    for (RingBarriers<variant.stages>& slice : v) {
+      slice.init(variant.prepares() ? preparers : producers, block_consumers / variant.v_slices());
+    }
     constexpr int readers = variant.gather ? 32 * preparers : preparers;
     if constexpr (variant.widens()) fetched_k.init(producers, readers);
     if constexpr (variant.prepares()) fetched_v.init(producers, readers);

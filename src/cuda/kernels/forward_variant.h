@@ -63,6 +63,8 @@ struct ForwardVariant {
   constexpr int row_groups() const { return wide || stream() ? 1 : warpgroups; }
   /// Consumers of the same rows.
   constexpr int consumers_of_row() const { return warpgroups / row_groups(); }
+  /// Slices of a block of values that are fetched and done with at times of their own: the columns of each consumer.
+  constexpr int v_slices() const { return wide && !gather && !prepares() ? consumers_of_row() : 1; }
   /// Columns of values that a consumer sums up.
   constexpr int consumer_columns() const { return stream() ? head_dim_v : head_dim_v / consumers_of_row(); }
   /// Rows that there is room for. A tile holds whole queries, of `pack` rows each.
@@ -152,6 +154,7 @@ struct ForwardVariant {
     if (warpgroups == 3) return e4m3 ? 56 : 32;
     if (wide && widens()) return 80;
     if (e4m3) return splits ? 88 : gather ? 72 : 56;
+    if (wide && splits && !gather) return 72;
     return gather || splits || (widens() && producer_warpgroups() == 1) ? 88 : 40;
   }
   /// Of warpgroups of producers beside the first.

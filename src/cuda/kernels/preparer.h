@@ -75,7 +75,7 @@ class Preparer {
   __device__ void prepare_values(const TileWork& work, int n, Place place) {
     const int begin = work.seen.begin - n * variant.block_keys;
     const int end = work.seen.end - n * variant.block_keys;
-    prepare_block(shared_.fetched_v, shared_.fetched_v_tiles.tiles, shared_.v, shared_.v_tiles, place,
+    prepare_block(shared_.fetched_v, shared_.fetched_v_tiles.tiles, shared_.v[0], shared_.v_tiles, place,
                   [&](unsigned char* from, unsigned char* to) {
                     if constexpr (variant.e4m3) {
                       if (!variant.gather && (begin > 0 || end < variant.block_keys)) clear_columns(from, begin, end);

@@ -120,7 +120,7 @@ class StreamConsumer : Consumer<variant> {
       if (__any_sync(~0U, rescales)) Products::scale(sums, r, rescale);
     }
 
-    await(shared_.v, next_);
+    await(shared_.v[0], next_);
     unsigned char* const values = shared_.v_tiles[next_.stage()].rows;
     if (first_key < work.seen.begin || first_key + keys > work.seen.end) {
       clear_unseen(values, pieces_of(variant.head_dim_v, variant.key_bytes()), work.seen, first_key, keys,
@@ -129,7 +129,7 @@ class StreamConsumer : Consumer<variant> {
       __syncwarp();
     }
     Products::add_values(values, value_rows_, scores, sums);
-    release_read<variant>(shared_.v.empty[next_.stage()]);
+    release_read<variant>(shared_.v[0].empty[next_.stage()]);
   }
 
   /// This warp's part in merging the sums of all, which end with block `begin`.

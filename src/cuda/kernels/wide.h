@@ -8,8 +8,8 @@
 // | -------------------------- | -------------------------------------------------- | ---------- | --------- |
 // | scheduler, loaders         | as in forward.h; qv is loaded behind q             |            |           |
 // | a consumer, of its block   | scores = queries x keys                            | k.full     |           |
-// |                            | (+ qv x the same keys' values, transposed)         | v.full     |           |
-// |                            | makes weights of the scores, and puts them in      |            | k.empty   |
+// |                            | (+ qv x the same keys' values, transposed)         | v.full     | k.empty   |
+// |                            | makes weights of the scores, and puts them in      |            |           |
 // |                            | shared memory, with what they are relative to      |            | the other |
 // |                            | rescales its sums where a row's maximum has grown, |            |           |
 // |                            | and sums += weights (in registers) x its columns   | v.full     | v.empty   |
@@ -18,9 +18,13 @@
 // | after the last block       | both add up the row sums of each other,            | the other  | the other |
 // |                            | and store their columns of out or of a part        |            |           |
 //
-// So scores are products of as many keys as a block has, whose operands shared memory delivers in time, and no consumer
-// waits for the other but for its weights. A block is done with as soon as can be, rather than scored ahead: with two
-// stages of shared memory (or one), room for what is on its way counts for more than the time of the matrix units.
+// So scores are products of as many keys as a block has, whose operands shared memory delivers in time. The first
+// consumer does its block and then the other's. The second one scores its own before it adds the first one's, so that
+// these products run while weights are made. Were both to score ahead, both stages of shared memory would be held until
+// both blocks are there, where one had better be on its way; with one stage nobody does.
+//
+// What limits it is how long shared memory is held, or waits for what is on its way: so a block's values come and go in
+// two slices, the columns of either consumer, each by one order to the copy engine where a block lies in one page.
 #pragma once
 
 #include "consumer.h"
@@ -42,6 +46,7 @@ class WideConsumer : Consumer<variant> {
  private:
   static constexpr int keys = variant.block_keys;
   static constexpr int columns = variant.consumer_columns();
+  static constexpr bool scores_before_others = variant.stages > 1 && !(variant.gather && variant.splits);
   static_assert(variant.warpgroups == 2 && keys % 16 == 0 && columns % chunk_columns == 0);
 
   using typename Consumer<variant>::Sums;
@@ -59,7 +64,6 @@ class WideConsumer : Consumer<variant> {
   using Consumer<variant>::release_tile;
   using Consumer<variant>::results_;
   using Consumer<variant>::shared_;
-  using Consumer<variant>::start_scores;
   using Consumer<variant>::start_values;
   using Consumer<variant>::value_matrix;
   using Consumer<variant>::work_of;
@@ -76,9 +80,18 @@ class WideConsumer : Consumer<variant> {
 #pragma unroll 1
     for (int n = blocks.end - 1; n >= blocks.begin; --n) {
       if (next_.is_odd() == (group_ == 1)) {
-        add_own(tile, n, softmax, sums);
+        add_own<false>(tile, n, softmax, sums);
       } else {
-        add_others(tile, n, softmax, sums);
+        await(shared_.k, next_);  // every consumer waits for every block: parity tells but the last two apart
+        release_keys(tile, n);
+        if (scores_before_others && group_ == 1 && n > blocks.begin) {
+          next_.advance();
+          --n;
+          add_own<true>(tile, n, softmax, sums);
+        } else {
+          start_others(next_, softmax, sums);
+          finish_values(next_, sums);
+        }
       }
       next_.advance();
     }
@@ -87,40 +100,74 @@ class WideConsumer : Consumer<variant> {
     results_.write(work_of(tile), blocks.begin, sums, softmax, this->value_factor(tile));
   }
 
-  /// Scores block n, and adds its weights and weighted values to the sums.
+  /// Scores block n, and adds its weights and weighted values to the sums; before these, where they are `after_others`,
+  /// the values of the other consumer's block before it.
+  template <bool after_others>
   __device__ void add_own(TilePlace tile, int n, OnlineSoftmax& softmax, Sums sums) {
     float scores[keys / 2];
     float rescale[rows_of_thread];
     unsigned weights[keys / 4];
-    await(shared_.k, next_);
-    if constexpr (variant.qv) await(shared_.v, next_);
-    start_scores(scores, query_matrix(tile), key_matrix(),
-                 ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[next_.stage()])), this->scales_of(tile).qk_factor);
-    ptx::wgmma_wait<0>();
-    ptx::hold(scores);
+    score(tile, scores);
     release_keys(tile, n);
+    if constexpr (after_others) start_others(next_.before(1), softmax, sums);
 
     this->modify_scores(scores, tile);
     this->hide_keys(scores, work_of(tile), n * keys);
     const bool rescales = softmax.template update<keys>(scores, rescale);
     this->round_weights(scores, weights);
+    if constexpr (after_others) {
+      // The assembler moves the wait for products up to the last branch before it: that of a wait that is over already.
+      await(values(), next_.before(1));
+      finish_values(next_.before(1), sums);
+    }
     store_weights(weights);
     store_references(softmax);
     __syncwarp();
     if (accumulator_column() == 0) shared_.weighed[group_].arrive();
     if (__any_sync(~0U, rescales)) scale_rows<columns>(sums, rescale);
-    if constexpr (!variant.qv) await(shared_.v, next_);
+    if constexpr (!variant.qv) await(values(), next_);
     start_values(weights, sums, value_matrix(next_));
-    finish_values(sums);
+    finish_values(next_, sums);
   }
 
-  /// Adds the values of block n, weighted as the other consumer says.
-  __device__ void add_others(TilePlace tile, int n, OnlineSoftmax& softmax, Sums sums) {
-    await(shared_.k, next_);  // every consumer waits for every block: parity tells but the last two apart
-    release_keys(tile, n);
-    await(shared_.v, next_);
+  /// scores = queries x keys + queries of values x values, of the next block: each slice of it as soon as it is there.
+  __device__ void score(TilePlace tile, float (&scores)[keys / 2]) const {
+    const unsigned q = query_matrix(tile);
+    await(shared_.k, next_);
+    ptx::wgmma_fence();
+    Consumer<variant>::template multiply<variant.head_dim>(scores, q, key_matrix(), 0);
+    if constexpr (variant.qv) {
+      if constexpr (variant.widens()) {
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        ptx::hold(scores);
+        const float qk_factor = this->scales_of(tile).qk_factor;
+#pragma unroll
+        for (float& score : scores) score *= qk_factor;
+        ptx::wgmma_fence();
+      }
+      const unsigned v = ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[next_.stage()]));
+      constexpr int columns_of_slice = variant.head_dim_v / variant.v_slices();
+#pragma unroll
+      for (int slice = 0; slice < variant.v_slices(); ++slice) {
+        await(shared_.v[slice], next_);
+        ptx::wgmma_fence();
+        const int first_byte = slice * columns_of_slice / chunk_columns * chunk_row_bytes;  // of a row
+        Consumer<variant>::template multiply<columns_of_slice>(
+            scores, ptx::advance(q, variant.qv_offset() + first_byte * variant.tile_rows()),
+            ptx::advance(v, first_byte * keys), 1);
+      }
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::hold(scores);
+  }
+
+  /// Starts to add the values of a block, weighted as the other consumer says.
+  __device__ void start_others(RingPlace<variant.stages> block, OnlineSoftmax& softmax, Sums sums) {
+    await(values(), block);
     // The other consumer's blocks are every other one. Its barrier's address is not worth a register all along.
-    shared_.weighed[ptx::known_only_here(1 - group_)].wait(next_.template in<2>().parity());
+    shared_.weighed[ptx::known_only_here(1 - group_)].wait(block.template in<2>().parity());
     float rescale[rows_of_thread];
     bool rescales = false;
 #pragma unroll
@@ -129,7 +176,7 @@ class WideConsumer : Consumer<variant> {
     }
     if (__any_sync(~0U, rescales)) scale_rows<columns>(sums, rescale);
     const unsigned p = ptx::matrix_at(ptx::shared_address(&shared_.weights.tile));
-    const unsigned v = value_matrix(next_);
+    const unsigned v = value_matrix(block);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < keys / 16; ++step) {
@@ -140,15 +187,17 @@ class WideConsumer : Consumer<variant> {
       });
     }
     ptx::wgmma_commit();
-    finish_values(sums);
   }
 
-  /// Waits until this block's values have been added.
-  __device__ void finish_values(Sums sums) const {
+  /// Waits until a block's values have been added.
+  __device__ void finish_values(RingPlace<variant.stages> block, Sums sums) const {
     ptx::wgmma_wait<0>();
     ptx::hold(sums);
-    release(shared_.v.empty[next_.stage()]);
+    release(values().empty[block.stage()]);
   }
+
+  /// The ring of this consumer's columns of values.
+  __device__ RingBarriers<variant.stages>& values() const { return shared_.v[variant.v_slices() > 1 ? group_ : 0]; }
 
   /// Of block n, which this consumer has scored, or leaves to the other.
   __device__ void release_keys(TilePlace tile, int n) {
