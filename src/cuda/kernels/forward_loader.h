@@ -243,9 +243,9 @@ class ForwardLoader {
     } else if (first_lane()) {
       full.arrive_expecting(a_.tile_rows * variant.q_chunks() * chunk_row_bytes);
       const int row = work.place.first_q + work.first_query;
-      load_tile<variant.tile_rows(), query_bytes>(tile, 0, variant.head_dim, a_.q, full, 0, row, work.unit, slot);
+      load_tile<variant.tile_rows(), query_bytes>(tile, variant.head_dim, a_.q, full, 0, row, work.unit, slot);
       if constexpr (variant.qv) {
-        load_tile<variant.tile_rows(), query_bytes>(tile + qv_offset, 0, variant.head_dim_v, a_.qv, full, 0, row,
+        load_tile<variant.tile_rows(), query_bytes>(tile + qv_offset, variant.head_dim_v, a_.qv, full, 0, row,
                                                     work.unit, slot);
       }
     }

@@ -13,18 +13,18 @@
 
 namespace mate::cuda {
 
-/// One thread has the copy engine fetch columns of a tile of `rows` rows, chunk by chunk.
+/// One thread has the copy engine fetch a tile of `rows` rows, chunk by chunk.
 template <int rows, int element_bytes, typename... Coordinates>
-__device__ inline void load_tile(unsigned char* tile, int first_column, int columns, const TensorMap& map,
-                                 ptx::Mbarrier& barrier, Coordinates... coordinates) {
+__device__ inline void load_tile(unsigned char* tile, int head_dim, const TensorMap& map, ptx::Mbarrier& barrier,
+                                 Coordinates... coordinates) {
 #pragma unroll
-  for (int chunk = 0; chunk < chunks_of(columns, element_bytes); ++chunk) {
-    ptx::load_box(tile + chunk * rows * chunk_row_bytes, map, barrier,
-                  first_column + chunk * (chunk_row_bytes / element_bytes), coordinates...);
+  for (int chunk = 0; chunk < chunks_of(head_dim, element_bytes); ++chunk) {
+    ptx::load_box(tile + chunk * rows * chunk_row_bytes, map, barrier, chunk * (chunk_row_bytes / element_bytes),
+                  coordinates...);
   }
 }
 
-/// The same of keys or values, with a policy for the L2 cache, and chunks that are `chunk_bytes` apart.
+/// The same of some columns of keys or values, with a policy for the L2 cache, and chunks that are `chunk_bytes` apart.
 template <int element_bytes>
 __device__ inline void load_keys(unsigned char* tile, int chunk_bytes, int first_column, int columns,
                                  const TensorMap& map, ptx::Mbarrier& barrier, ptx::CachePolicy policy, int head,

@@ -46,6 +46,7 @@ class WideConsumer : Consumer<variant> {
  private:
   static constexpr int keys = variant.block_keys;
   static constexpr int columns = variant.consumer_columns();
+  // Of the second consumer. Where rows are gathered and split there are no registers for it.
   static constexpr bool scores_before_others = variant.stages > 1 && !(variant.gather && variant.splits);
   static_assert(variant.warpgroups == 2 && keys % 16 == 0 && columns % chunk_columns == 0);
 
