@@ -190,7 +190,8 @@ class ForwardLoader {
   __device__ void fetch_box(ptx::CachePolicy policy, unsigned char* tile, int first_column, const TensorMap& map,
                             bool all_chunks, ptx::Mbarrier& barrier, int head, const Places& box) const {
     if ((variant.stream() || variant.wide) && all_chunks) {
-      ptx::load_box(tile, map, barrier, policy, 0, box.row[0], first_column / chunk_columns, head, box.slot[0]);
+      const int chunk = first_column / (chunk_row_bytes / key_bytes);
+      ptx::load_box(tile, map, barrier, policy, 0, box.row[0], chunk, head, box.slot[0]);
     } else {
       const int rows = variant.stream() ? a_.box_keys : variant.block_keys;
       load_keys<key_bytes>(tile, rows * chunk_row_bytes, first_column, columns, map, barrier, policy, head, box.row[0],

@@ -63,7 +63,8 @@ struct ForwardVariant {
   constexpr int row_groups() const { return wide || stream() ? 1 : warpgroups; }
   /// Consumers of the same rows.
   constexpr int consumers_of_row() const { return warpgroups / row_groups(); }
-  /// Slices of a block of values that are fetched and done with at times of their own: the columns of each consumer.
+  /// Slices of a block of values that are fetched and done with at times of their own: the columns of each consumer,
+  /// where the copy engine brings them to it.
   constexpr int v_slices() const { return wide && !gather && !prepares() ? consumers_of_row() : 1; }
   /// Columns of values that a consumer sums up.
   constexpr int consumer_columns() const { return stream() ? head_dim_v : head_dim_v / consumers_of_row(); }

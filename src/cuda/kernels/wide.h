@@ -13,18 +13,20 @@
 // |                            | shared memory, with what they are relative to      |            | the other |
 // |                            | rescales its sums where a row's maximum has grown, |            |           |
 // |                            | and sums += weights (in registers) x its columns   | v.full     | v.empty   |
-// | of the other's block       | rescales its sums likewise,                        | the other  | k.empty   |
-// |                            | and sums += those weights x its columns            | v.full     | v.empty   |
+// | of the other's block       | lets its keys go; rescales its sums likewise,      | k.full,    | k.empty   |
+// |                            | and sums += the other's weights x its columns      | the other, | v.empty   |
+// |                            |                                                    | v.full     |           |
 // | after the last block       | both add up the row sums of each other,            | the other  | the other |
 // |                            | and store their columns of out or of a part        |            |           |
 //
 // So scores are products of as many keys as a block has, whose operands shared memory delivers in time. The first
-// consumer does its block and then the other's. The second one scores its own before it adds the first one's, so that
-// these products run while weights are made. Were both to score ahead, both stages of shared memory would be held until
-// both blocks are there, where one had better be on its way; with one stage nobody does.
+// consumer does its block and then the other's. With more than one stage the second one scores its own before it adds
+// the first one's, so that these products run while weights are made. Were both to score ahead, all stages would be
+// held until the next two blocks are there, and none would be on its way meanwhile.
 //
-// What limits it is how long shared memory is held, or waits for what is on its way: so a block's values come and go in
-// two slices, the columns of either consumer, each by one order to the copy engine where a block lies in one page.
+// What limits it is how long shared memory is held, or waits for what is on its way. So a block's values come and go in
+// two slices, the columns of either consumer, unless rows are gathered or e4m3 is widened; and a slice is one order to
+// the copy engine where a block lies in one page and heads are whole chunks.
 #pragma once
 
 #include "consumer.h"
@@ -151,6 +153,8 @@ class WideConsumer : Consumer<variant> {
       constexpr int columns_of_slice = variant.head_dim_v / variant.v_slices();
 #pragma unroll
       for (int slice = 0; slice < variant.v_slices(); ++slice) {
+        // The other's slice is awaited in every other block alone. Parity tells all the same: the block in between has
+        // been scored, and so was there, before its weights came here.
         await(shared_.v[slice], next_);
         ptx::wgmma_fence();
         const int first_byte = slice * columns_of_slice / chunk_columns * chunk_row_bytes;  // of a row
