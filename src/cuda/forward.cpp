@@ -101,10 +101,8 @@ bool encode_maps(const Problem& p, const ForwardVariant& variant, ForwardArgumen
     }
     return encode(map, rows, head_dim, std::array{of_heads, of_rows, of_slots}, promotion);
   };
-  return encode_keys(arguments.k, p.k, p.head_dim, variant.stream() ? p.head_dim : variant.head_dim,
-                     arguments.all_chunks_k) &&
-         encode_keys(arguments.v, p.v, p.head_dim_v,
-                     variant.stream() ? p.head_dim_v : variant.head_dim_v / variant.v_slices(), arguments.all_chunks_v);
+  return encode_keys(arguments.k, p.k, p.head_dim, variant.head_dim, arguments.all_chunks_k) &&
+         encode_keys(arguments.v, p.v, p.head_dim_v, variant.head_dim_v / variant.v_slices(), arguments.all_chunks_v);
 }
 
 Scores scores_of(const Problem& p) {

@@ -275,17 +275,14 @@ class ForwardLoader {
     } else {
       constexpr int slices = variant.v_slices();
       constexpr int columns = variant.head_dim_v / slices;
-      const auto fetch_slice = [&](int slice, ptx::Mbarrier& barrier) {
-        fetch<columns>(work, tile + v_bytes / slices * slice, slice * columns, a_.v, a_.all_chunks_v, barrier, places);
-      };
       const bool clears = !variant.prepares() && !variant.stream() && fetches_unseen(work, n);
       if (clears) expect(shared_.v_fetched, v_bytes);
 #pragma unroll 1
       for (int slice = 0; slice < slices; ++slice) {
         await_empty(slice);
-        ptx::Mbarrier& full = v_ring(slice).full[place.stage()];
-        if (!clears) expect(full, v_bytes / slices);
-        fetch_slice(slice, clears ? shared_.v_fetched : full);
+        ptx::Mbarrier& fetched = clears ? shared_.v_fetched : v_ring(slice).full[place.stage()];
+        if (!clears) expect(fetched, v_bytes / slices);
+        fetch<columns>(work, tile + v_bytes / slices * slice, slice * columns, a_.v, a_.all_chunks_v, fetched, places);
       }
       if (!clears) return;
       clear_fetched(work, n, tile);

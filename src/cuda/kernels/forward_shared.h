@@ -86,7 +86,7 @@ struct ForwardShared {
   RingBarriers<variant.q_stages> q;
   RingBarriers<variant.stages> k;
   RingBarriers<variant.stages> v[variant.v_slices()];                                  ///< of each slice of the values
-  RingBarriers<variant.prepares() ? variant.fetched_stages : 1> fetched_k, fetched_v;  ///< likewise
+  RingBarriers<variant.prepares() ? variant.fetched_stages : 1> fetched_k, fetched_v;  ///< before they are prepared
   RingBarriers<work_stages> work;
   ptx::Mbarrier begun[2];   ///< is every second tile: those after it may be taken
   ptx::Mbarrier readable;   ///< is all memory: earlier kernels have ended

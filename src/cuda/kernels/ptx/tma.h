@@ -10,16 +10,6 @@ __device__ inline void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-/// Copies the box at these coordinates, innermost first; what lies outside the tensor arrives as zeros. `barrier`
-/// counts the bytes of the whole box.
-__device__ inline void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, int c0, int c1, int c2, int c3) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
-      "[%2];" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-      : "memory");
-}
-
 /// Policies of the L2 cache, as createpolicy encodes them: constants, since that instruction takes time at each load.
 enum class CachePolicy : unsigned long long { evict_normal = 0x1000000000000000, evict_first = 0x12f0000000000000 };
 
@@ -28,6 +18,8 @@ __device__ inline CachePolicy policy_of(bool read_once) {
   return read_once ? CachePolicy::evict_first : CachePolicy::evict_normal;
 }
 
+/// Copies the box at these coordinates, innermost first; what lies outside the tensor arrives as zeros. `barrier`
+/// counts the bytes of the whole box.
 __device__ inline void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, CachePolicy policy, int c0,
                                 int c1, int c2, int c3) {
   asm volatile(
