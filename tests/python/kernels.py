@@ -1,7 +1,7 @@
 """What the backend of NVIDIA GPUs serves, and which of its kernels a run of the tests uses.
 
-A kernel takes seconds to compile. So the calls of a run keep to some kinds, new in each run, whose kernels are
-compiled before the first test, all of them side by side.
+A kernel takes seconds to compile. So the random calls of a run keep to some kinds, new in each run, and the other tests
+to fixed ones; the kernels of all these are compiled before the first test, side by side.
 """
 
 import functools
@@ -31,7 +31,7 @@ def not_served(call: Any) -> list[str]:
 
 
 class Kind(NamedTuple):
-    """Calls that share their kernels: up to 23, for one way to load and to share out keys each."""
+    """Calls that share their kernels: up to 26, for one way to load and to share out keys each."""
 
     head_size: int  # of keys, the largest that the kernels serve
     head_size_v: int
@@ -88,15 +88,21 @@ TYPES = (
 
 
 def draw_kinds(seed: Any, most_kernels: int) -> list[Kind]:
-    """The fixed kinds, and as many others as there may be kernels."""
+    """Fixed kinds, one of each pair of types among them, and about as many new ones, with no more kernels than that."""
     dice = random.Random(f"{seed} kinds")
-    kinds = list(FIXED)
+    of_types: dict[tuple[torch.dtype, torch.dtype], list[Kind]] = {}
+    for kind in FIXED:
+        if kind.packs or kind.kv_dtype is not None:
+            of_types.setdefault((kind.dtype, kind.key_type), []).append(kind)
+    kinds = [dice.choice(alike) for alike in of_types.values()]
     names = {name for kind in kinds for name in kind.sources}
     while True:
         size = STEP * dice.randint(1, LARGEST_HEAD_SIZE // STEP)
         size_v = size if dice.random() < 0.5 else STEP * dice.randint(1, LARGEST_HEAD_SIZE // STEP)
         dtype, kv_dtype, out_dtype = dice.choice(TYPES)
         kind = Kind(size, size_v, dtype, dice.random() < 0.3, dice.random() < 0.2, kv_dtype, out_dtype)
+        if dice.random() < 0.5:
+            kind = dice.choice(FIXED)
         names |= set(kind.sources)
         if len(names) > most_kernels:
             return kinds
@@ -106,10 +112,11 @@ def draw_kinds(seed: Any, most_kernels: int) -> list[Kind]:
 
 @functools.cache
 def kinds_of_run() -> list[Kind]:
-    return draw_kinds(RUN_SEED, int(os.environ.get("MATE_TEST_KERNELS", "380")))
+    """Those of the random calls."""
+    return draw_kinds(RUN_SEED, int(os.environ.get("MATE_TEST_KERNELS", "200")))
 
 
 def compile_kernels() -> None:
     """Compiles what the calls of this run need, unless it is compiled already."""
     warmup = importlib.import_module("mate._warmup")
-    warmup.compile_kernels({name: text for kind in kinds_of_run() for name, text in kind.sources.items()})
+    warmup.compile_kernels({name: text for kind in (*FIXED, *kinds_of_run()) for name, text in kind.sources.items()})
