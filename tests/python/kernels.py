@@ -87,6 +87,13 @@ TYPES = (
 )
 
 
+def draw_new_kind(dice: random.Random) -> Kind:
+    size = STEP * dice.randint(1, LARGEST_HEAD_SIZE // STEP)
+    size_v = size if dice.random() < 0.5 else STEP * dice.randint(1, LARGEST_HEAD_SIZE // STEP)
+    dtype, kv_dtype, out_dtype = dice.choice(TYPES)
+    return Kind(size, size_v, dtype, dice.random() < 0.3, dice.random() < 0.2, kv_dtype, out_dtype)
+
+
 def draw_kinds(seed: Any, most_kernels: int) -> list[Kind]:
     """Fixed kinds, one of each pair of types among them, and about as many new ones, with no more kernels than that."""
     dice = random.Random(f"{seed} kinds")
@@ -97,12 +104,7 @@ def draw_kinds(seed: Any, most_kernels: int) -> list[Kind]:
     kinds = [dice.choice(alike) for alike in of_types.values()]
     names = {name for kind in kinds for name in kind.sources}
     while True:
-        size = STEP * dice.randint(1, LARGEST_HEAD_SIZE // STEP)
-        size_v = size if dice.random() < 0.5 else STEP * dice.randint(1, LARGEST_HEAD_SIZE // STEP)
-        dtype, kv_dtype, out_dtype = dice.choice(TYPES)
-        kind = Kind(size, size_v, dtype, dice.random() < 0.3, dice.random() < 0.2, kv_dtype, out_dtype)
-        if dice.random() < 0.5:
-            kind = dice.choice(FIXED)
+        kind = dice.choice(FIXED) if dice.random() < 0.5 else draw_new_kind(dice)
         names |= set(kind.sources)
         if len(names) > most_kernels:
             return kinds
