@@ -315,6 +315,7 @@ VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequence
     const std::int64_t rows = decodes ? std::int64_t{served.decode_rows} * most_pack(p) : most_packed_rows(p);
     choice.stream_rows = stream_rows_for(choice.types, p.head_dim, p.head_dim_v, rows);
   }
+  choice.transposed_rows = transposed_rows_for(most_packed_rows(p));
   const bool diagonal = p.mask.right >= 0 || p.mask.chunk > 0;
   choice.narrow = diagonal || most_keys(p) <= few_keys;
   choice.qv = p.qv.given();

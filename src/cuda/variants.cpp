@@ -100,7 +100,34 @@ void fetch_further_ahead(ForwardVariant& variant) {
   if (!variant.prepares()) return;
   const int left = most_shared_bytes - variant.shared_bytes();
   const int stages = variant.fetched_stages + left / (variant.fetched_k_bytes() + variant.fetched_v_bytes());
-  variant.fetched_stages = std::clamp(stages, variant.fetched_stages, variant.wide ? most_wide_stages : most_stages);
+  variant.fetched_stages = std::clamp(stages, variant.fetched_stages, most_stages);
+}
+
+constexpr bool is_wide(const VariantChoice& choice) {
+  return choice.qv || std::max(choice.head_dim, choice.head_dim_v) > largest_narrow_head_dim;
+}
+
+/// Each warp has a power of two of the values' columns. Blocks are as wide for all calls.
+ForwardVariant transposed_variant(const VariantChoice& choice) {
+  constexpr int narrowest = 256;
+  // Loaders that gather leave too few registers for sums of more.
+  const int most_rows = choice.gather ? 32 : 64;
+  ForwardVariant variant = variant_of(choice);
+  variant.wide = true;
+  variant.qv = choice.qv;
+  variant.head_dim = round_up(choice.head_dim, chunk_columns);
+  variant.head_dim_v = choice.head_dim_v <= narrowest ? narrowest : 2 * narrowest;
+  variant.transposed_rows = choice.transposed_rows > 0 ? std::min(choice.transposed_rows, most_rows) : most_rows;
+  // Two have registers for few rows, and add up weights in another order.
+  const bool has_two =
+      !choice.alike && (variant.transposed_rows == 16 || (variant.transposed_rows == 32 && !choice.gather));
+  const int scorers = has_two ? 2 : 1;
+  variant.warpgroups = scorers + variant.adders();
+  variant.q_stages = 1;
+  variant.block_keys = 64;
+  const int left = variant.tile_bytes() - variant.q_bytes() - variant.p_bytes();
+  variant.stages = std::min(left / (variant.k_bytes() + variant.v_bytes()), most_stages);
+  return variant;
 }
 
 /// Each consumer has whole chunks of the values' columns. Blocks are as wide for all calls of these head sizes.
@@ -117,17 +144,13 @@ ForwardVariant wide_variant(const VariantChoice& choice) {
   variant.head_dim_v = round_up(choice.head_dim_v, consumers * chunk_columns);
   variant.warpgroups = consumers;
   variant.q_stages = 1;
-  if (variant.widens()) variant.fetched_stages = 2;
   const auto stages = [&] {
-    return (variant.tile_bytes() - variant.q_bytes() - variant.p_bytes() - variant.fetched_bytes()) /
-           (variant.k_bytes() + variant.v_bytes());
+    return (variant.tile_bytes() - variant.q_bytes() - variant.p_bytes()) / (variant.k_bytes() + variant.v_bytes());
   };
   variant.block_keys = 2 * good_keys;
-  const bool may_be_wider = variant.consumer_columns() <= most_columns_of_wider && !variant.widens();
-  if (stages() < 2 || !may_be_wider) variant.block_keys = good_keys;
+  if (stages() < 2 || variant.consumer_columns() > most_columns_of_wider) variant.block_keys = good_keys;
   while (stages() < 1) variant.block_keys /= 2;
-  variant.stages = std::min(stages(), variant.widens() ? 2 : most_wide_stages);
-  fetch_further_ahead(variant);
+  variant.stages = std::min(stages(), most_wide_stages);
   return variant;
 }
 
@@ -202,9 +225,11 @@ int stream_rows_for(const TensorTypes& types, int head_dim, int head_dim_v, std:
   return rows <= fewest_stream_rows ? fewest_stream_rows : most;
 }
 
+int transposed_rows_for(std::int64_t rows) { return rows <= 16 ? 16 : rows <= 32 ? 32 : 64; }
+
 ForwardVariant choose_variant(const VariantChoice& choice) {
-  if (choice.qv || std::max(choice.head_dim, choice.head_dim_v) > largest_narrow_head_dim) {
-    return wide_variant(choice);
+  if (is_wide(choice)) {
+    return choice.types.key == ElementType::float8_e4m3 ? transposed_variant(choice) : wide_variant(choice);
   }
   if (choice.stream_rows > 0) return stream_variant(choice);
   ForwardVariant variant = begin_variant(choice);
@@ -252,6 +277,7 @@ std::uint64_t key_of(const ForwardVariant& v) {
   append(v.splits, 1);
   append(v.wide, 1);
   append(v.stream_rows, 5);
+  append(v.transposed_rows / 16, 3);
   append(v.qv, 1);
   append(v.e4m3, 1);
   return key;
@@ -260,24 +286,25 @@ std::uint64_t key_of(const ForwardVariant& v) {
 KernelSource source_of(const ForwardVariant& v) {
   const auto flag = [](bool value) { return value ? "true" : "false"; };
   KernelSource source;
-  const char* const kernel = v.stream() ? "stream" : v.wide ? "wide" : "forward";
+  const char* const kernel = v.stream() ? "stream" : v.transposed() ? "transposed" : v.wide ? "wide" : "forward";
   source.name = join(kernel, "_", name_of(v.types), "_d", v.head_dim, "_v", v.head_dim_v, v.qv ? "_qv" : "", "_rows",
                      v.tile_rows(), "_keys", v.block_keys, v.stream() ? join("_warps", v.stream_warps()) : "",
+                     v.transposed() ? join("_scorers", v.scorers()) : "",
                      v.scores == Scores::products ? "" : join("_", name_of(v.scores)), v.widens() ? "_widened" : "",
                      v.gather ? "_gather" : "", v.splits ? "_splits" : "");
-  source.text =
-      join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
-           source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
-           "  constexpr mate::cuda::ForwardVariant variant{\n",
-           "      .types = {mate::ElementType::", name_of(v.types.query), ", mate::ElementType::", name_of(v.types.key),
-           ", mate::ElementType::", name_of(v.types.out), "},\n", "      .head_dim = ", v.head_dim, ",\n",
-           "      .head_dim_v = ", v.head_dim_v, ",\n", "      .warpgroups = ", v.warpgroups, ",\n",
-           "      .block_keys = ", v.block_keys, ",\n", "      .stages = ", v.stages, ",\n",
-           "      .fetched_stages = ", v.fetched_stages, ",\n", "      .q_stages = ", v.q_stages, ",\n",
-           "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n", "      .gather = ", flag(v.gather), ",\n",
-           "      .splits = ", flag(v.splits), ",\n", "      .wide = ", flag(v.wide), ",\n",
-           "      .stream_rows = ", v.stream_rows, ",\n", "      .qv = ", flag(v.qv), ",\n",
-           "      .e4m3 = ", flag(v.e4m3), "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
+  source.text = join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(),
+                     ", 1)\n", source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
+                     "  constexpr mate::cuda::ForwardVariant variant{\n",
+                     "      .types = {mate::ElementType::", name_of(v.types.query),
+                     ", mate::ElementType::", name_of(v.types.key), ", mate::ElementType::", name_of(v.types.out),
+                     "},\n", "      .head_dim = ", v.head_dim, ",\n", "      .head_dim_v = ", v.head_dim_v, ",\n",
+                     "      .warpgroups = ", v.warpgroups, ",\n", "      .block_keys = ", v.block_keys, ",\n",
+                     "      .stages = ", v.stages, ",\n", "      .fetched_stages = ", v.fetched_stages, ",\n",
+                     "      .q_stages = ", v.q_stages, ",\n", "      .scores = mate::cuda::Scores::", name_of(v.scores),
+                     ",\n", "      .gather = ", flag(v.gather), ",\n", "      .splits = ", flag(v.splits), ",\n",
+                     "      .wide = ", flag(v.wide), ",\n", "      .stream_rows = ", v.stream_rows, ",\n",
+                     "      .transposed_rows = ", v.transposed_rows, ",\n", "      .qv = ", flag(v.qv), ",\n",
+                     "      .e4m3 = ", flag(v.e4m3), "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
   source.shared_bytes = v.shared_bytes();
   return source;
 }
@@ -336,7 +363,8 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
     bool* const flags[] = {&choice.gather, &choice.splits, &choice.few_rows, &choice.narrow, &choice.alike};
     for (int i = 0; i < 5; ++i) *flags[i] = (choices >> i & 1) != 0;
     if (choice.few_rows && !choice.splits && !choice.alike) continue;  // keys of so few rows are always shared out
-    for (const int rows : {largest_stream_rows + 1, largest_stream_rows, 1}) {
+    for (const int rows : {64, 32, largest_stream_rows, 1}) {
+      choice.transposed_rows = transposed_rows_for(rows);
       choice.stream_rows = choice.few_rows ? stream_rows_for(types, head_dim, head_dim_v, rows) : 0;
       if (choice.stream_rows > 0 && !choice.splits) continue;  // likewise
       const ForwardVariant variant = choose_variant(choice);

@@ -17,8 +17,9 @@ struct VariantChoice {
   Scores scores = Scores::products;
   bool gather = false;
   bool splits = false;
-  bool few_rows = false;  ///< no sequence that is served has more packed rows than a consumer
-  int stream_rows = 0;    ///< rows of a tile of the kernel of stream.h; 0: there are too many for it
+  bool few_rows = false;    ///< no sequence that is served has more packed rows than a consumer
+  int stream_rows = 0;      ///< rows of a tile of the kernel of stream.h; 0: there are too many for it
+  int transposed_rows = 0;  ///< rows of a tile of that of transposed.h: see transposed_rows_for(); 0: the most
   bool narrow =
       false;           ///< a block of keys is as wide as a tile is high: one lies on the diagonal, and few keys fill it
   bool alike = false;  ///< who adds up what does not depend on what else is chosen, so that bits do not
@@ -31,6 +32,9 @@ int most_stream_rows(const TensorTypes& types, int head_dim, int head_dim_v);
 
 /// Rows of a tile of stream.h that holds so many packed rows; 0 where there are too many.
 int stream_rows_for(const TensorTypes& types, int head_dim, int head_dim_v, std::int64_t rows);
+
+/// Rows of a tile of transposed.h for sequences of so many packed rows at most: the fewest that hold them.
+int transposed_rows_for(std::int64_t rows);
 
 /// The largest tiles that registers and shared memory hold.
 ForwardVariant choose_variant(const VariantChoice& choice);

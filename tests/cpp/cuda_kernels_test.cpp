@@ -62,7 +62,7 @@ TEST_F(CudaKernels, IgnoredRegistersAreSeen) {
   const CompileLog log = log_of("ignored", R"(
       #include "forward.h"
       extern "C" __global__ void ignored(int* p) {  // without __launch_bounds__
-        mate::cuda::ptx::take_registers<160>();
+        mate::cuda::ptx::set_registers<160, 64>();
         *p = 1;
       })");
   ASSERT_EQ(log.warnings.size(), 1);

@@ -46,7 +46,7 @@ class Consumer {
     if (!variant.splits && group_ == 0 && threadIdx.x % 128 == 0) {
       shared_.begun[tile.template in<2>().stage()].arrive();
     }
-    if constexpr (!variant.stream()) find_visible(work);
+    if constexpr (!variant.keys_are_rows()) find_visible(work);
     return true;
   }
 
@@ -230,7 +230,7 @@ class Consumer {
   __device__ static void await(RingBarriers<stages>& ring, RingPlace<stages> place) {
     ring.full[place.stage()].wait(place.parity());
     // The copy engine writes where products read; threads that copy do not.
-    if constexpr (variant.gather && !variant.stream()) ptx::fence_proxy_async();
+    if constexpr (variant.gather && !variant.keys_are_rows()) ptx::fence_proxy_async();
   }
   __device__ void await_queries(TilePlace tile) const { await(shared_.q, queries_of(tile)); }
 
@@ -247,9 +247,9 @@ class Consumer {
   RingPlace<variant.stages> next_;  ///< of the block that comes next
 };
 
-/// A forward kernel: its block of threads divided among those who schedule, load, and consume. No call: products that
-/// run on must not cross one.
-template <ForwardVariant variant, typename ConsumerOfVariant>
+/// A forward kernel: its block of threads divided among those who schedule, load, and consume, all in one way, or the
+/// last ones in another. No call: products that run on must not cross one.
+template <ForwardVariant variant, typename ConsumerOfVariant, typename OtherConsumer = ConsumerOfVariant>
 __device__ __forceinline__ void run(const ForwardArguments& a) {
   static_assert(sizeof(ForwardShared<variant>) <= variant.shared_bytes());
   extern __shared__ unsigned char memory[];
@@ -278,11 +278,12 @@ __device__ __forceinline__ void run(const ForwardArguments& a) {
     const int warp = static_cast<int>(threadIdx.x / 32);
     if (variant.prepares() && variant.producer_warpgroups() > 1 && warp >= 4) {
       // A branch of its own, so that the assembler knows how many registers each role has.
-      ptx::give_up_registers<variant.other_producer_registers()>();
+      ptx::set_registers<variant.other_producer_registers(), variant.registers_at_start()>();
       await_inputs(a);
       if constexpr (variant.prepares()) Preparer<variant>(a, shared).run();
     } else {
-      if constexpr (variant.moves_registers()) ptx::give_up_registers<variant.producer_registers()>();
+      if constexpr (variant.moves_registers())
+        ptx::set_registers<variant.producer_registers(), variant.registers_at_start()>();
       if (warp == 0) {
         if constexpr (variant.splits) {
           schedule<variant, SplitScheduler<variant>>(a, shared);
@@ -299,10 +300,17 @@ __device__ __forceinline__ void run(const ForwardArguments& a) {
         }
       }
     }
+  } else if (variant.transposed() && consumer < variant.scorers()) {
+    if constexpr (variant.transposed()) {
+      ptx::set_registers<variant.scorer_registers(), variant.registers_at_start()>();
+      await_inputs(a);
+      ConsumerOfVariant(a, shared, consumer).run();
+    }
   } else {
-    if constexpr (variant.moves_registers()) ptx::take_registers<variant.consumer_registers()>();
+    if constexpr (variant.moves_registers())
+      ptx::set_registers<variant.consumer_registers(), variant.registers_at_start()>();
     await_inputs(a);
-    ConsumerOfVariant(a, shared, consumer).run();
+    OtherConsumer(a, shared, consumer).run();
   }
   if (threadIdx.x < 32) clear_rows_of_no_tile<variant>(a);  // the scheduler, which is done first
   await_prefills(a);

@@ -27,6 +27,13 @@ __device__ inline unsigned pack(float first, float second) {
   return ptx::pack_float16(first, second);
 }
 
+/// Two elements of 16 bits as float32.
+template <ElementType element>
+__device__ inline float2 unpack(unsigned word) {
+  if constexpr (element == ElementType::float16) return widen_halves(word);
+  return make_float2(__int_as_float(word << 16), __int_as_float(word & 0xffff0000U));
+}
+
 /// One element of a type that is known when the kernel runs, given its bits, as float32. Without branches.
 __device__ inline float widen_bits(unsigned bits, ElementType type) {
   const float of_half = widen_halves(type == ElementType::float8_e4m3 ? widen_e4m3(bits) : bits).x;

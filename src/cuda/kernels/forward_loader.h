@@ -275,7 +275,7 @@ class ForwardLoader {
     } else {
       constexpr int slices = variant.v_slices();
       constexpr int columns = variant.head_dim_v / slices;
-      const bool clears = !variant.prepares() && !variant.stream() && fetches_unseen(work, n);
+      const bool clears = !variant.prepares() && !variant.keys_are_rows() && fetches_unseen(work, n);
       if (clears) expect(shared_.v_fetched, v_bytes);
 #pragma unroll 1
       for (int slice = 0; slice < slices; ++slice) {

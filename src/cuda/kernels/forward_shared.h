@@ -3,6 +3,7 @@
 
 #include "ring.h"
 #include "split_scheduler.h"
+#include "tile_rows.h"
 #include "tile_scales.h"
 #include "tile_work.h"
 
@@ -19,7 +20,32 @@ struct SharedWeights {};
 
 template <ForwardVariant variant>
 struct SharedWeights<variant, true> {
-  TileBuffer<variant.p_bytes()> tile;
+  TileBuffer<variant.p_tile_bytes()> tiles[variant.p_tiles()];
+};
+
+/// What the consumers of transposed.h tell each other of a tile's rows.
+template <ForwardVariant variant, bool needed = variant.transposed()>
+struct SharedRows {
+  __device__ void init() {}
+};
+
+template <ForwardVariant variant>
+struct SharedRows<variant, true> {
+  static constexpr int rows = variant.tile_rows();
+  alignas(16) RowTarget targets[rows];
+  alignas(8) float query_factor[rows];  ///< what queries were divided by, to fit float16
+  KeyRange visible[rows];
+  alignas(8) float largest[4 * variant.scorers()][rows];  ///< of the scores of a block, by each warp of scorers
+  /// Of each warp of scorers: subtrahends of exponents, and what a scorer's own sums are to be multiplied by.
+  alignas(16) float2 relative[4 * variant.scorers()][rows];
+  // Of the weights of a block: what they are relative to, what sums are to be multiplied by before they are added, and,
+  // with the last block of a scorer in a part, the sums of its weights, by each warp.
+  alignas(8) float references[variant.p_tiles()][rows];
+  alignas(8) float factors[variant.p_tiles()][rows];
+  alignas(8) float sums[variant.p_tiles()][4][rows];
+  RingBarriers<variant.p_tiles()> weights;
+
+  __device__ void init() { weights.init(128, 128 * variant.adders()); }
 };
 
 /// Blocks of keys or of values, each of so many bytes.
@@ -73,14 +99,15 @@ struct ForwardShared {
   [[no_unique_address]] SharedWeights<variant> weights;
   [[no_unique_address]] Blocks<1, variant.carried_shared_bytes()> carried_sums;
   [[no_unique_address]] WarpResults<variant> warp_results;
+  [[no_unique_address]] SharedRows<variant> rows;
   alignas(16) TileWork works[work_stages];
   TileScales scales[variant.scaled() ? work_stages : 1];  ///< of these, where keys are e4m3
   // What each row of each consumer sees, where some of its keys are hidden.
-  KeyRange visible[variant.stream() ? 1 : 64 * variant.warpgroups];
+  KeyRange visible[variant.keys_are_rows() ? 1 : 64 * variant.warpgroups];
   // Of rows, by each of the consumers that have them in common: what its weights are relative to, and their sums. The
   // former of carried sums, too.
-  float references[variant.wide || variant.e4m3 ? 64 * variant.warpgroups : 1];
-  float weight_sums[variant.wide ? 64 * variant.warpgroups : 1];
+  float references[(variant.wide && !variant.transposed()) || variant.e4m3 ? 64 * variant.warpgroups : 1];
+  float weight_sums[variant.wide && !variant.transposed() ? 64 * variant.warpgroups : 1];
   [[no_unique_address]] Rehearsal<variant> rehearsal;
   int is_last[variant.row_groups()];  ///< whether the parts of some rows are all done
   RingBarriers<variant.q_stages> q;
@@ -107,11 +134,14 @@ struct ForwardShared {
     constexpr int consumer_warps = 4 * variant.warpgroups;
     constexpr int preparers = variant.preparer_warps();
     // Where threads write what others read as threads do, each lane arrives for what it has read itself.
-    constexpr int block_consumers = consumer_warps * (variant.stream() && variant.gather ? 32 : 1);
-    q.init(variant.widens_queries() ? preparers : producers, block_consumers);
-    k.init(variant.widens() ? preparers : producers, block_consumers);
+    constexpr int arrivals_of_warp = variant.keys_are_rows() && variant.gather ? 32 : 1;
+    constexpr int scorers = variant.transposed() ? variant.scorers() : variant.warpgroups;
+    constexpr int adders = variant.transposed() ? variant.adders() : variant.warpgroups;
+    q.init(variant.widens_queries() && preparers > 0 ? preparers : producers, 4 * scorers * arrivals_of_warp);
+    // Those of transposed.h take blocks in turns.
+    k.init(variant.widens() ? preparers : producers, 4 * (variant.transposed() ? 1 : scorers) * arrivals_of_warp);
     for (RingBarriers<variant.stages>& slice : v) {
-      slice.init(variant.prepares() ? preparers : producers, block_consumers / variant.v_slices());
+      slice.init(variant.prepares() ? preparers : producers, 4 * adders * arrivals_of_warp / variant.v_slices());
     }
     constexpr int readers = variant.gather ? 32 * preparers : preparers;
     if constexpr (variant.widens()) fetched_k.init(producers, readers);
@@ -122,6 +152,7 @@ struct ForwardShared {
     rehearsal.init();
     v_fetched.init(1);
     for (ptx::Mbarrier& barrier : weighed) barrier.init(32);  // lanes that store references
+    rows.init();
     ptx::fence_mbarrier_init();
   }
 };

@@ -39,21 +39,27 @@ struct TensorTypes {
 struct ForwardVariant {
   TensorTypes types;
   int head_dim = 0;    ///< of the keys, rounded up to a multiple of 16 (wide, stream: 64, e4m3: 32)
-  int head_dim_v = 0;  ///< of the values, likewise (wide: 128, stream: 64, of e4m3 128)
-  int warpgroups = 0;  ///< consumers, each with 64 rows of the tile (wide: with half of the columns of the same rows)
+  int head_dim_v = 0;  ///< of the values, likewise (wide: 128, transposed: 256 or 512, stream: 64, of e4m3 128)
+  int warpgroups = 0;  ///< consumers, each with 64 rows of the tile (wide: with half of the columns of the same rows;
+                       ///< transposed: scorers and adders)
   int block_keys = 0;  ///< keys of a block
   int stages = 0;      ///< blocks of keys, and of values, in shared memory
   int fetched_stages = 0;  ///< likewise of e4m3, before they are prepared
   int q_stages = 0;        ///< tiles of queries in shared memory
   Scores scores = Scores::products;
-  bool gather = false;  ///< rows are loaded one by one, whatever their alignment; else by tensor maps
-  bool splits = false;  ///< the keys of a tile are shared out among blocks of threads
-  bool wide = false;    ///< the kernel of wide.h
-  int stream_rows = 0;  ///< rows of a tile of the kernel of stream.h; 0: another kernel, that of forward.h or wide.h
-  bool qv = false;      ///< scores are of values too (wide)
-  bool e4m3 = false;    ///< e4m3 is multiplied as it is, values transposed, by weights of e4m3; else it is widened
+  bool gather = false;      ///< rows are loaded one by one, whatever their alignment; else by tensor maps
+  bool splits = false;      ///< the keys of a tile are shared out among blocks of threads
+  bool wide = false;        ///< the kernel of wide.h, or that of transposed.h
+  int stream_rows = 0;      ///< rows of a tile of the kernel of stream.h; 0: another kernel
+  int transposed_rows = 0;  ///< rows of a tile of the kernel of transposed.h, 16, 32 or 64; 0: another kernel
+  bool qv = false;          ///< scores are of values too (wide)
+  bool e4m3 = false;        ///< e4m3 is multiplied as it is, values transposed, by weights of e4m3; else it is widened
 
   constexpr bool stream() const { return stream_rows > 0; }
+  constexpr bool transposed() const { return transposed_rows > 0; }
+  /// Whether products are transposed: keys, and columns of values, are rows of their first operands, which threads take
+  /// into registers, and query rows are the columns.
+  constexpr bool keys_are_rows() const { return stream() || transposed(); }
   /// Whether the query rows that any served sequence uses, of a unit of heads, are one tile: decoding. Rows of out past
   /// it are cleared.
   constexpr bool one_tile() const { return stream() || (!wide && warpgroups == 1); }
@@ -62,23 +68,32 @@ struct ForwardVariant {
   /// Parts of a tile, of 64 rows each, that consumers are done with at times of their own.
   constexpr int row_groups() const { return wide || stream() ? 1 : warpgroups; }
   /// Consumers of the same rows.
-  constexpr int consumers_of_row() const { return warpgroups / row_groups(); }
+  constexpr int consumers_of_row() const { return transposed() ? adders() : warpgroups / row_groups(); }
+  // Consumers of transposed.h: those that make weights, and those that add weighted values. Sums of few rows leave
+  // registers for two of the former.
+  constexpr int adders() const { return 2; }
+  constexpr int scorers() const { return warpgroups - adders(); }
   /// Slices of a block of values that are fetched and done with at times of their own: the columns of each consumer,
   /// where the copy engine brings them to it.
-  constexpr int v_slices() const { return wide && !gather && !prepares() ? consumers_of_row() : 1; }
+  constexpr int v_slices() const { return wide && !gather ? consumers_of_row() : 1; }
   /// Columns of values that a consumer sums up.
   constexpr int consumer_columns() const { return stream() ? head_dim_v : head_dim_v / consumers_of_row(); }
   /// Rows that there is room for. A tile holds whole queries, of `pack` rows each.
-  constexpr int tile_rows() const { return stream() ? stream_rows : 64 * row_groups(); }
+  constexpr int tile_rows() const {
+    return stream() ? stream_rows : transposed() ? transposed_rows : 64 * row_groups();
+  }
   constexpr Tiling tiling(int pack) const { return {tile_rows() / pack * pack, block_keys, pack}; }
   /// What is multiplied.
   constexpr ElementType element() const {
-    return e4m3 ? ElementType::float8_e4m3 : stream() && scaled() ? ElementType::float16 : types.widened();
+    return e4m3 ? ElementType::float8_e4m3 : keys_are_rows() && scaled() ? ElementType::float16 : types.widened();
   }
   /// Keys and values are e4m3: tensors that come with scales.
   constexpr bool scaled() const { return types.key == ElementType::float8_e4m3; }
-  /// Keys and values, and queries, are e4m3, which is widened in shared memory.
-  constexpr bool widens() const { return scaled() && !stream() && !e4m3; }
+  /// Queries of bfloat16 that meet keys of e4m3 where these become float16 do so too.
+  constexpr bool fits_queries() const { return keys_are_rows() && scaled() && types.query == ElementType::bfloat16; }
+  /// Keys and values are e4m3, which is widened in shared memory.
+  constexpr bool widens() const { return scaled() && !keys_are_rows() && !e4m3; }
+  /// The same of queries.
   constexpr bool widens_queries() const { return types.query == ElementType::float8_e4m3 && !stream() && !e4m3; }
   /// Sums of products of e4m3 are set aside as often: see carried_sums.h. In shared memory, if they fit there.
   constexpr int blocks_between_carries() const { return (carries_in_shared() ? 1024 : 2048) / block_keys; }
@@ -94,7 +109,7 @@ struct ForwardVariant {
   constexpr bool awaits_memory() const { return warpgroups == 1; }
   /// Of the scheduler, the loaders and the preparers.
   constexpr int producer_warpgroups() const {
-    if (widens()) return awaits_memory() ? 3 : wide || (head_dim <= 128 && head_dim_v <= 128) ? 2 : 1;
+    if (widens()) return awaits_memory() ? 3 : head_dim <= 128 && head_dim_v <= 128 ? 2 : 1;
     return gather && awaits_memory() ? 2 : 1;
   }
   /// They are the last warps of the producers.
@@ -112,7 +127,7 @@ struct ForwardVariant {
   constexpr int threads() const { return 128 * (warpgroups + producer_warpgroups()); }
   // Bytes of an element in tiles that consumers take.
   constexpr int query_bytes() const { return bytes_of(stream() ? types.query : element()); }
-  constexpr int key_bytes() const { return bytes_of(stream() ? types.key : element()); }
+  constexpr int key_bytes() const { return bytes_of(keys_are_rows() ? types.key : element()); }
   /// Of a row of q and, behind it, qv.
   constexpr int q_chunks() const {
     return chunks_of(head_dim, query_bytes()) + (qv ? chunks_of(head_dim_v, query_bytes()) : 0);
@@ -131,8 +146,10 @@ struct ForwardVariant {
     return prepares() ? block_keys * chunks_of(head_dim_v, 1) * chunk_row_bytes : 0;
   }
   constexpr int fetched_bytes() const { return fetched_stages * (fetched_k_bytes() + fetched_v_bytes()); }
-  /// Of weights, where consumers have them in common.
-  constexpr int p_bytes() const { return wide ? tile_rows() * chunks_of(block_keys) * chunk_row_bytes : 0; }
+  /// Tiles of weights, where consumers have them in common: one that they use in turns, or a ring.
+  constexpr int p_tiles() const { return !transposed() ? 1 : transposed_rows <= 32 ? 4 : 2; }
+  constexpr int p_tile_bytes() const { return tile_rows() * chunks_of(block_keys) * chunk_row_bytes; }
+  constexpr int p_bytes() const { return wide ? p_tiles() * p_tile_bytes() : 0; }
   /// Warps that each have keys of a block, and sums, of their own.
   constexpr int stream_warps() const { return 4 * warpgroups; }
   /// Of a row of a warp's sums in shared memory: rows begin in different banks.
@@ -141,7 +158,7 @@ struct ForwardVariant {
     return stream() ? stream_warps() * tile_rows() * sums_pitch() * static_cast<int>(sizeof(float)) : 0;
   }
   /// Beside the tiles: barriers, what the scheduler says of a tile, and what its rows see.
-  constexpr int other_shared_bytes() const { return (wide && widens()) || (e4m3 && warpgroups == 3) ? 4096 : 3072; }
+  constexpr int other_shared_bytes() const { return transposed() ? 10240 : e4m3 && warpgroups == 3 ? 4096 : 3072; }
   constexpr int tile_bytes() const { return most_shared_bytes - other_shared_bytes(); }
   constexpr int shared_bytes() const {
     return q_stages * q_bytes() + stages * (k_bytes() + v_bytes()) + fetched_bytes() + p_bytes() + warp_sums_bytes() +
@@ -152,18 +169,25 @@ struct ForwardVariant {
   constexpr bool moves_registers() const { return threads() > 256; }
   constexpr int registers_at_start() const { return moves_registers() ? 64 * 1024 / threads() / 8 * 8 : 248; }
   constexpr int producer_registers() const {
-    if (warpgroups == 3) return e4m3 ? 56 : 32;
-    if (wide && widens()) return 80;
+    if (scores_ahead() && warpgroups == 3) return e4m3 ? 56 : 32;
     if (e4m3) return splits ? 88 : gather ? 72 : 56;
     if (wide && splits && !gather) return 72;
+    if (transposed() && gather) return 80;
     return gather || splits || (widens() && producer_warpgroups() == 1) ? 88 : 40;
   }
   /// Of warpgroups of producers beside the first.
   constexpr int other_producer_registers() const {
-    return !widens() ? producer_registers() : wide ? 48 : awaits_memory() ? 80 : 56;
+    return !widens() ? producer_registers() : awaits_memory() ? 80 : 56;
+  }
+  constexpr int scorer_registers() const {
+    return scorers() == 2 ? (gather ? 80 : 88) : transposed_rows == 64 ? 104 : 136;
   }
   constexpr int consumer_registers() const {
     if (!moves_registers()) return registers_at_start();
+    if (transposed()) {
+      const int rest = registers_at_start() * threads() / 128 - producer_registers() - scorers() * scorer_registers();
+      return rest / adders() / 8 * 8;
+    }
     const int all = registers_at_start() * threads() / 128 - producer_registers() -
                     other_producer_registers() * (producer_warpgroups() - 1);
     return all / warpgroups < 248 ? all / warpgroups / 8 * 8 : 248;

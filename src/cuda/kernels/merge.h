@@ -96,11 +96,10 @@ struct MergedRow {
 /// The same of `count` rows, at most 32, whose sums are all written: for many rows, since it takes far fewer
 /// instructions a row, but needs the weights before it has them added up. Lane i has weight_of(i, part) of row i, and
 /// calls finish(i, weight), which gives a MergedRow; the warp reads columns by read(i, part, column), and hands them to
-/// store(out, column, sums).
-template <typename WeightOf, typename Read, typename Finish, typename Store>
+/// store(out, column, sums). `lines_at_once` are asked for together, as registers allow.
+template <int lines_at_once, typename WeightOf, typename Read, typename Finish, typename Store>
 __device__ inline void merge_rows(int count, int parts, int width, const WeightOf& weight_of, const Read& read,
                                   const Finish& finish, const Store& store) {
-  constexpr int lines_at_once = 4;
   constexpr int parts_at_once = 4;
   const int lane = ptx::known_only_here(threadIdx.x % 32);
   PartWeight all{-infinity(), 0};

@@ -52,14 +52,12 @@ class Preparer {
     }
   }
 
-  /// A tile's queries, and its blocks: keys ahead of values, unless there is no room for them until values are there.
+  /// A tile's queries, and its blocks: keys ahead of values.
   __device__ void widen(const TileWork& work) {
-    constexpr bool ahead = variant.stages > 1;
     const int last = work.blocks.end - 1;
 #pragma unroll 1
     for (int n = last; n >= work.blocks.begin - 1; --n) {
       const bool has_keys = n >= work.blocks.begin;
-      if (!ahead && n < last) prepare_values(work, n + 1, next_.before(1));
       if (has_keys) {
         prepare_block(shared_.fetched_k, shared_.fetched_k_tiles.tiles, shared_.k, shared_.k_tiles, next_,
                       [&](const unsigned char* from, unsigned char* to) {
@@ -67,7 +65,7 @@ class Preparer {
                       });
         next_.advance();
       }
-      if (ahead && n < last) prepare_values(work, n + 1, next_.before(has_keys ? 2 : 1));
+      if (n < last) prepare_values(work, n + 1, next_.before(has_keys ? 2 : 1));
       if (variant.widens_queries() && n == last) widen_queries(work);
     }
   }
@@ -130,10 +128,6 @@ class Preparer {
     shared_.q.empty[place.stage()].wait(place.parity() ^ 1);
     unsigned char* const tile = shared_.q_tiles[place.stage()].rows;
     widen_rows_of_queries<variant.head_dim>(tile, work, a_.problem.q, a_.problem.head_dim);
-    if constexpr (variant.qv) {
-      constexpr int offset = variant.qv_offset();
-      widen_rows_of_queries<variant.head_dim_v>(tile + offset, work, a_.problem.qv, a_.problem.head_dim_v);
-    }
     announce(shared_.q.full[place.stage()]);
   }
 

@@ -83,8 +83,53 @@ class ResultWriter {
     merge_to_out<variant.stream_warps()>(work, variant.stream_warps(), value_factor, weight_of, read);
   }
 
+  /// The same of a tile of transposed.h, where each thread of the first ones has the weight of a row, and a lane has
+  /// sums of columns for two of every eight rows: sums_of(row_tile, i, j) is a float4 of those of row i of two from
+  /// column `first` + 4 j on, of so many columns.
+  template <int count, typename SumsOf>
+  __device__ void write_transposed(const TileWork& work, int begin, float value_factor, RowTarget* targets,
+                                   const PartWeight& weight, int first, const SumsOf& sums_of) const {
+    const bool is_part = variant.splits && work.parts.count > 1;
+    await_others();  // they have done with the targets of the part before
+    if (thread() < rows) targets[thread()] = target_of(work, is_part, begin, thread(), weight);
+    await_others();
+#pragma unroll
+    for (int row_tile = 0; row_tile < rows / 8; ++row_tile) {
+#pragma unroll
+      for (int i = 0; i < rows_of_thread; ++i) {
+        ptx::forget_shared_memory();  // registers are too few to look ahead
+        const RowTarget target = targets[8 * row_tile + accumulator_column() + i];
+        if (target.row == nullptr) continue;
+#pragma unroll
+        for (int j = 0; j < count / 4; ++j) {
+          const int column = first + 4 * j;
+          if (column >= a_.problem.head_dim_v) continue;
+          const float4 sums = sums_of(row_tile, i, j);
+          if (is_part) {
+            *reinterpret_cast<float4*>(static_cast<float*>(target.row) + column) = sums;
+          } else {
+            float values[4] = {sums.x, sums.y, sums.z, sums.w};
+#pragma unroll
+            for (float& value : values) value = target.share == 0 ? 0 : value * target.share;
+            store_columns(static_cast<unsigned short*>(target.row), column, values, value_factor);
+          }
+        }
+      }
+    }
+    if constexpr (variant.splits) {
+      if (is_part && begin == work.blocks.begin && are_all_done(work)) merge_parts(work, value_factor);
+    }
+  }
+
   /// Waits for the other threads of the rows' consumers.
   __device__ void await_others() const { ptx::barrier_sync(first_row_group_barrier + group(), threads); }
+
+  /// Of those of the same rows.
+  __device__ int thread() const {
+    return (variant.row_groups() == 1 ? consumer_ * 128 : 0) + static_cast<int>(threadIdx.x % 128);
+  }
+  /// The first of a consumer's columns.
+  __device__ int first_column() const { return variant.wide ? consumer_ * columns : 0; }
 
  private:
   static constexpr int threads = 128 * variant.consumers_of_row();  // of the consumers of a row
@@ -92,9 +137,8 @@ class ResultWriter {
   static constexpr int rows = variant.tile_rows() / variant.row_groups();  // that they have
   __device__ int first_row() const { return group() * rows; }
 
-  /// Its group of rows, and the first of its columns.
+  /// Its group of rows.
   __device__ int group() const { return variant.row_groups() == 1 ? 0 : consumer_; }
-  __device__ int first_column() const { return variant.wide ? consumer_ * columns : 0; }
   /// Whether this thread has the first column of its rows.
   __device__ bool has_first_column() const { return first_column() + accumulator_column() == 0; }
 
@@ -125,6 +169,28 @@ class ResultWriter {
   __device__ float finish(const PartWeight& all, int head, float& share) const {
     const float lse = finish_softmax(all.max, all.sum, share);
     return add_sink(lse, sink_of(a_.problem, head), share);
+  }
+
+  /// Ends a row of a tile, or of a part of it, that has such weights.
+  __device__ RowTarget target_of(const TileWork& work, bool is_part, int begin, int row,
+                                 const PartWeight& weight) const {
+    const Problem& p = a_.problem;
+    const RowPlace place = place_of(a_, work, row);
+    const bool computed = place.query < work.used;
+    RowTarget target;
+    if (is_part) {
+      if (!computed) return target;
+      const long long at = partial_row(work, work.part_at(a_.cut, begin), row);
+      *weight_of_part(at) = make_float2(weight.max, weight.sum);
+      target.row = sums_of_part(at);
+    } else if (place.query < work.capacity) {
+      const int slot = p.query_slot(work.sequence);
+      const long long row_of_out = row_in_tensor(work, place);
+      const float lse = computed ? finish(weight, place.head, target.share) : -infinity();
+      if (p.lse.data != nullptr) p.lse.at(slot, place.head, row_of_out) = lse;
+      target.row = p.out.at<unsigned short>(slot, row_of_out, place.head);
+    }
+    return target;
   }
 
   /// A row of a slot of partial results.
@@ -194,7 +260,8 @@ class ResultWriter {
     const int first = first_row() + warp;
     const auto row = [&](int i) { return first + i * warps; };
     const int end = end_of_rows(work, work.used);
-    merge_rows(
+    constexpr int lines_at_once = variant.transposed() ? 2 : 4;
+    merge_rows<lines_at_once>(
         end > first ? divide(end - first - 1, warps) + 1 : 0, work.parts.count, p.head_dim_v,
         [&](int i, int part) { return weight_of(part, row(i)); },
         [&](int i, int part, int column) { return read(part, row(i), column); },
@@ -284,11 +351,6 @@ class ResultWriter {
           [&](int column, float(&sums)[4]) { store_columns(out, column, sums, value_factor); });
       if (p.lse.data != nullptr && first_lane()) p.lse.at(slot, place.head, out_row) = lse;
     }
-  }
-
-  /// Of those of the same rows.
-  __device__ int thread() const {
-    return (variant.row_groups() == 1 ? consumer_ * 128 : 0) + static_cast<int>(threadIdx.x % 128);
   }
 
   const ForwardArguments& a_;

@@ -27,7 +27,7 @@ class RingPlace {
   __device__ unsigned parity() const { return count_ / stages % 2; }
   __device__ bool is_first() const { return count_ == 0; }
   __device__ bool is_odd() const { return count_ % 2 != 0; }
-  __device__ void advance() { ++count_; }
+  __device__ void advance(int count = 1) { count_ += count; }
   /// The same place, whose stage is computed anew: for code with few registers.
   __device__ RingPlace again() const { return RingPlace(ptx::known_only_here(static_cast<int>(count_))); }
   __device__ RingPlace before(int count) const { return RingPlace(count_ - count); }

@@ -42,10 +42,9 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
       }
       if (!early) await_inputs(a);
     } else {
-      // The second time lengths are in the cache. Wide kernels that widen have no registers for a first time.
-      constexpr bool may_be_early = !(variant.wide && variant.widens());
+      // The second time lengths are in the cache.
 #pragma unroll 1
-      for (bool once_more = may_be_early && early;; once_more = false) {
+      for (bool once_more = early;; once_more = false) {
         if (!once_more) await_inputs(a);
         scheduler.begin(shared.batch_steps());
         if (!once_more) break;

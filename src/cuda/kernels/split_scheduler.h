@@ -153,7 +153,7 @@ struct StepsOfTiles {
 
 /// What the warps of a block of threads have counted together, since a batch is more than a warp has lanes for.
 struct BatchSteps {
-  static constexpr int most_warps = 16;
+  static constexpr int most_warps = 20;
   static constexpr int chunks = 32;  // one for each lane that reads them
   StepsOfTiles of_warp[most_warps];
   int of_chunk[chunks];  ///< all steps of every 32 sequences; beyond so many chunks they are not kept

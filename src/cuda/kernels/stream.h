@@ -41,8 +41,6 @@ class StreamConsumer : Consumer<variant> {
   static constexpr int keys = Products::keys;  // of a warp
   static constexpr int row_tiles = Products::row_tiles;
   static constexpr int words_of_row = 2 * Products::steps;  // of a query, in each of four lanes
-  /// Queries of bfloat16 that meet keys of e4m3 become float16, as these do.
-  static constexpr bool fits_queries = variant.types.query == ElementType::bfloat16 && variant.scaled();
 
   using typename Consumer<variant>::TilePlace;
   using Sums = typename Products::Sums;
@@ -104,7 +102,7 @@ class StreamConsumer : Consumer<variant> {
     const bool hides = first_key + keys > work.seen_by_all.end || first_key < work.seen_by_all.begin;
 #pragma unroll
     for (int r = 0; r < row_tiles; ++r) {
-      if constexpr (fits_queries) {
+      if constexpr (variant.fits_queries()) {
 #pragma unroll
         for (int i = 0; i < keys / 4; ++i) scores[r][i] *= queries.factor[r][i / 2 % 2];
       }
@@ -180,7 +178,7 @@ class StreamConsumer : Consumer<variant> {
         load_query_columns(rows, lane_row() + 8 * r, Products::column_of_piece(piece),
                            words + piece * Products::piece_words);
       }
-      if constexpr (fits_queries) {
+      if constexpr (variant.fits_queries()) {
         const float factor = fit_float16(words);
 #pragma unroll
         for (int i = 0; i < rows_of_thread; ++i) {
@@ -209,24 +207,18 @@ class StreamConsumer : Consumer<variant> {
     for (int i = 0; i < Products::piece_words; ++i) words[i] = word_of(halves[i / 4], i % 4);
   }
 
-  /// Makes float16 of the bfloat16 of a row, which are divided by a power of two so that the largest of them fits: what
-  /// is then too small for float16 is so beside that one. Returns the power.
+  /// Makes float16 of the bfloat16 of a row. Returns what they were divided by.
   __device__ static float fit_float16(unsigned (&words)[words_of_row]) {
     float largest = 0;
 #pragma unroll
     for (const unsigned word : words) {
-      largest = fmaxf(largest, fmaxf(fabsf(__int_as_float(word << 16)), fabsf(__int_as_float(word & 0xffff0000U))));
+      const float2 pair = unpack<ElementType::bfloat16>(word);
+      largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
     }
-    // 2**14 times a number from 1 to 2 is a float16; this power and its reciprocal are normal numbers.
-    const int exponent = max((__float_as_int(quad_max(largest)) >> 23) - 127, -112) - 14;
-    const float divisor = __int_as_float((127 + exponent) << 23);
-    const float multiplier = __int_as_float((127 - exponent) << 23);
+    const Float16Fit fit(quad_max(largest));
 #pragma unroll
-    for (unsigned& word : words) {
-      word = pack<ElementType::float16>(__int_as_float(word << 16) * multiplier,
-                                        __int_as_float(word & 0xffff0000U) * multiplier);
-    }
-    return divisor;
+    for (unsigned& word : words) word = fit.round(unpack<ElementType::bfloat16>(word));
+    return fit.divisor();
   }
 
   int warp_;

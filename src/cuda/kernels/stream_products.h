@@ -5,39 +5,17 @@
 // 16 keys by 8 rows a product, and sums are values, transposed, x weights, 16 columns of values by 8 rows. A lane, with
 // g = lane / 4 and t = lane % 4, has of both rows 2 t and 2 t + 1 of every eight.
 //
-// Which column of a head is which of a product's does not matter as long as both operands agree, so that a lane takes
-// 16 bytes side by side of a key. Which key is which of eight does not either: they are ordered so that no two lanes
-// read from one bank. Rows of a warp in a tile begin where the pattern of a swizzled tile does.
+// How lanes take operands is told in transposed_operands.h. Rows of a warp in a tile begin where the pattern of a
+// swizzled tile does.
 #pragma once
 
 #include "forward_variant.h"
 #include "load.h"
 #include "ptx/mma.h"
 #include "ptx/shared.h"
-#include "softmax.h"
-#include "widen.h"
+#include "transposed_operands.h"
 
 namespace mate::cuda {
-
-/// So many bytes, side by side in memory.
-template <int bytes>
-struct PieceOf;
-template <>
-struct PieceOf<16> {
-  using Type = uint4;
-};
-template <>
-struct PieceOf<8> {
-  using Type = uint2;
-};
-__device__ inline unsigned word_of(const uint4& piece, int i) {
-  return i == 0 ? piece.x : i == 1 ? piece.y : i == 2 ? piece.z : piece.w;
-}
-__device__ inline unsigned word_of(const uint2& piece, int i) { return i == 0 ? piece.x : piece.y; }
-
-// A lane's place in products.
-__device__ inline int lane_row() { return static_cast<int>(threadIdx.x % 32 / 4); }
-__device__ inline int lane_step() { return static_cast<int>(threadIdx.x % 4); }
 
 /// Where the rows of a warp are in a block of keys that is in boxes of `box_keys` rows, each of them in `chunks`
 /// chunks: in bytes. Boxes begin where the pattern of a swizzled tile does. A warp has rows of one box, or of two where
@@ -75,11 +53,6 @@ class RowsOfWarp {
   int eight_ = 0;  ///< from eight rows to the next
   int chunk_ = 0;
 };
-
-/// The key that is number n of eight.
-__device__ inline int key_of(int n) { return ((n ^ n >> 2) & 1) << 2 | (n & 2) | n >> 2; }
-/// The keys that a lane has scores of.
-__device__ inline ScoreColumns score_columns() { return {key_of(lane_row()), 8, 16}; }
 
 template <ForwardVariant variant>
 class StreamProducts {
@@ -245,36 +218,18 @@ class StreamProducts {
                                             const Add& add) {
     static_assert(variant.head_dim_v % (8 * widened_columns) == 0);
     using Piece = typename PieceOf<widened_columns>::Type;
-    const int first = key_of(2 * lane_step());
 #pragma unroll
     for (int round = 0; round < column_tiles / tiles_of_widened; ++round) {
-      Piece rows[4];  // of keys 2 t and 2 t + 1 of both eights
+      Piece keys[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = 16 * step + i / 2 * 8 + (first ^ i % 2 * 4);
         const int byte = (round * 8 + lane_row()) * widened_columns;
-        rows[i] = *reinterpret_cast<const Piece*>(tile + of_warp.byte(row, byte));
+        keys[i] = *reinterpret_cast<const Piece*>(tile + of_warp.byte(16 * step + key_of_values(i), byte));
       }
+      unsigned operands[tiles_of_widened][4];
+      widen_values<element, 0, tiles_of_widened / 2>(keys, operands);
 #pragma unroll
-      for (int word = 0; word < widened_columns / 4; ++word) {
-        // Two columns of both keys in a word, those of the other two in another.
-        unsigned pairs[2][2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const unsigned even = word_of(rows[2 * half], word);
-          const unsigned odd = word_of(rows[2 * half + 1], word);
-          pairs[0][half] = __byte_perm(even, odd, 0x5140);
-          pairs[1][half] = __byte_perm(even, odd, 0x7362);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const unsigned a[4] = {widen_pair<element>(static_cast<unsigned short>(pairs[i][0])),
-                                 widen_pair<element>(static_cast<unsigned short>(pairs[i][0] >> 16)),
-                                 widen_pair<element>(static_cast<unsigned short>(pairs[i][1])),
-                                 widen_pair<element>(static_cast<unsigned short>(pairs[i][1] >> 16))};
-          add(tiles_of_widened * round + 2 * word + i, a);
-        }
-      }
+      for (int i = 0; i < tiles_of_widened; ++i) add(tiles_of_widened * round + i, operands[i]);
     }
   }
 };

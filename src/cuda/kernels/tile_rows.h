@@ -21,6 +21,13 @@ __device__ inline RowPlace place_of(const ForwardArguments& a, const TileWork& w
   return {row < a.tile_rows ? work.first_query + query : max_length, work.unit * a.pack + row - query * a.pack};
 }
 
+/// Where a row's sums go, null where they are not needed, and what they are to be multiplied by, 0 where they are to
+/// become 0.
+struct RowTarget {
+  void* row = nullptr;
+  float share = 0;
+};
+
 /// Where it stands in q and out: in their slot of the sequence.
 __device__ inline long long row_in_tensor(const TileWork& work, const RowPlace& place) {
   return static_cast<long long>(work.place.first_q) + place.query;

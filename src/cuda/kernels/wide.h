@@ -25,7 +25,7 @@
 // held until the next two blocks are there, and none would be on its way meanwhile.
 //
 // What limits it is how long shared memory is held, or waits for what is on its way. So a block's values come and go in
-// two slices, the columns of either consumer, unless rows are gathered or e4m3 is widened; and a slice is one order to
+// two slices, the columns of either consumer, unless rows are gathered; and a slice is one order to
 // the copy engine where a block lies in one page and heads are whole chunks.
 #pragma once
 
@@ -140,15 +140,6 @@ class WideConsumer : Consumer<variant> {
     ptx::wgmma_fence();
     Consumer<variant>::template multiply<variant.head_dim>(scores, q, key_matrix(), 0);
     if constexpr (variant.qv) {
-      if constexpr (variant.widens()) {
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
-        ptx::hold(scores);
-        const float qk_factor = this->scales_of(tile).qk_factor;
-#pragma unroll
-        for (float& score : scores) score *= qk_factor;
-        ptx::wgmma_fence();
-      }
       const unsigned v = ptx::matrix_at(ptx::shared_address(&shared_.v_tiles[next_.stage()]));
       constexpr int columns_of_slice = variant.head_dim_v / variant.v_slices();
 #pragma unroll
@@ -180,7 +171,7 @@ class WideConsumer : Consumer<variant> {
       rescales |= softmax.follow(i, reference_of_other(i), rescale[i]);
     }
     if (__any_sync(~0U, rescales)) scale_rows<columns>(sums, rescale);
-    const unsigned p = ptx::matrix_at(ptx::shared_address(&shared_.weights.tile));
+    const unsigned p = ptx::matrix_at(ptx::shared_address(&shared_.weights.tiles));
     const unsigned v = value_matrix(block);
     ptx::wgmma_fence();
 #pragma unroll
@@ -215,7 +206,7 @@ class WideConsumer : Consumer<variant> {
   __device__ void store_weights(const unsigned (&weights)[keys / 4]) const {
     const unsigned lane = threadIdx.x % 32;
     const unsigned row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-    const unsigned tile = ptx::shared_address(&shared_.weights.tile);
+    const unsigned tile = ptx::shared_address(&shared_.weights.tiles);
 #pragma unroll
     for (int j = 0; j < keys / 8; j += 2) {
       const unsigned words[4] = {weights[2 * j], weights[2 * j + 1], weights[2 * j + 2], weights[2 * j + 3]};

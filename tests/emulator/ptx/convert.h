@@ -38,6 +38,9 @@ inline unsigned pack_e4m3(float first, float second, float third, float fourth) 
 inline unsigned widen_e4m3(unsigned short pair) {
   return pack_float16(number_of(float8_e4m3fn, pair & 0xff), number_of(float8_e4m3fn, pair >> 8));
 }
+inline uint2 widen_e4m3_of_word(unsigned word) {
+  return make_uint2(widen_e4m3(static_cast<unsigned short>(word)), widen_e4m3(static_cast<unsigned short>(word >> 16)));
+}
 inline float2 widen_halves(unsigned halves) {
   return {number_of(float16, halves & 0xffff), number_of(float16, halves >> 16)};
 }

@@ -23,6 +23,17 @@ inline void store_matrices(unsigned shared_address, const unsigned (&words)[4]) 
   __syncwarp();
 }
 
+inline void store_matrices_transposed(unsigned shared_address, const unsigned (&words)[4]) {
+  const emulator::Exchange<unsigned> rows(shared_address);
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      const auto element = static_cast<unsigned short>(words[i] >> 16 * j);
+      std::memcpy(memory + rows[8 * i + matrix_column() + j] + 2 * matrix_row(), &element, 2);
+    }
+  }
+  __syncwarp();
+}
+
 inline void load_matrices_transposed(unsigned shared_address, unsigned (&words)[4]) {
   const emulator::Exchange<unsigned> rows(shared_address);
   for (int i = 0; i < 4; ++i) {
@@ -45,9 +56,7 @@ inline unsigned transpose_matrix(unsigned words) {
   return transposed;
 }
 
-template <int registers>
-void give_up_registers() {}
-template <int registers>
-void take_registers() {}
+template <int registers, int before>
+void set_registers() {}
 
 }  // namespace mate::cuda::ptx

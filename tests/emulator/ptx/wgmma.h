@@ -70,10 +70,10 @@ void wgmma(float (&d)[size], unsigned a_matrix, unsigned b_matrix, int accumulat
   multiply<element, n, b_major, first>(d, a, b_matrix, accumulate);
 }
 
-template <ElementType element, int n, int first = 0, bool may_replace = false, int size>
+template <ElementType element, int n, int first = 0, bool may_replace = false,
+          Major b_major = element == ElementType::float8_e4m3 ? Major::k : Major::mn, int size>
 void wgmma(float (&d)[size], const unsigned* a, unsigned b_matrix, int accumulate = 1) {
   constexpr int elements = 4 / bytes_of(element);  // of a word
-  constexpr Major b_major = element == ElementType::float8_e4m3 ? Major::k : Major::mn;
   struct Words {
     unsigned of[4];
   };

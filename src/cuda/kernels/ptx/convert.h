@@ -40,6 +40,16 @@ __device__ inline unsigned widen_e4m3(unsigned short pair) {
   return halves;
 }
 
+/// Four of them.
+__device__ inline uint2 widen_e4m3_of_word(unsigned word) {
+  uint2 halves;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n}"
+      : "=r"(halves.x), "=r"(halves.y)
+      : "r"(word));
+  return halves;
+}
+
 /// Two float16 as float32.
 __device__ inline float2 widen_halves(unsigned halves) {
   float2 wide;

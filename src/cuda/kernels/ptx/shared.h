@@ -40,6 +40,13 @@ __device__ inline void store_matrices(unsigned shared_address, const unsigned (&
                : "memory");
 }
 
+/// The same, each transposed: words[i] holds elements of column l / 4, in rows 2 (l % 4) and the next.
+__device__ inline void store_matrices_transposed(unsigned shared_address, const unsigned (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 /// A warp loads four matrices of 8 by 8 elements of 16 bits, each transposed (ldmatrix): lane l gets of matrix i the
 /// elements of column l / 4 in rows 2 (l % 4) and the next. Lane l passes where row l % 8 of matrix l / 8 begins.
 __device__ inline void load_matrices_transposed(unsigned shared_address, unsigned (&words)[4]) {
@@ -57,14 +64,14 @@ __device__ inline unsigned transpose_matrix(unsigned words) {
   return transposed;
 }
 
-/// Sets how many registers each thread of this warpgroup has: the whole warpgroup calls it.
-template <int registers>
-__device__ inline void give_up_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
-}
-template <int registers>
-__device__ inline void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+/// Sets how many registers each thread of this warpgroup has, which have had `before`: the whole warpgroup calls it.
+template <int registers, int before>
+__device__ inline void set_registers() {
+  if constexpr (registers < before) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+  }
 }
 
 }  // namespace mate::cuda::ptx

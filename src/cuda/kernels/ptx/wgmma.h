@@ -87,21 +87,25 @@ __device__ inline unsigned advance(unsigned matrix, int bytes) { return matrix +
                            ".f32." type "." type " {" MATE_TEXT_##count "}, a, b, go, 1, 1" order ";\n}"         \
                : MATE_OUT_##count                                                                                \
                : "r"(a_matrix), "r"(b_matrix), "r"(accumulate), "n"(b_major == Major::mn))
-#define MATE_WGMMA_REGISTERS(k, type, n, count, a0, a1, a2, a3, b, go, order)                                       \
+#define MATE_WGMMA_REGISTERS(k, type, n, count, a0, a1, a2, a3, b, go, order, by_n)                                 \
   if constexpr (may_replace) {                                                                                      \
     asm volatile("{\n" MATE_DESCRIPTOR("b", b) ".reg .pred go;\nsetp.ne.b32 go, %" go                               \
                                                ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n k ".f32." type "." type \
                                                " {" MATE_TEXT_##count "}, {%" a0 ", %" a1 ", %" a2 ", %" a3         \
-                                                                      "}, b, go, 1, 1" order ";\n}"                 \
+                                                                      "}, b, go, 1, 1" order(by_n) ";\n}"           \
                  : MATE_OUT_##count                                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_matrix), "r"(accumulate));                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_matrix), "r"(accumulate),                      \
+                   "n"(b_major == Major::mn));                                                                      \
   } else {                                                                                                          \
     asm volatile("{\n" MATE_DESCRIPTOR("b", b) "wgmma.mma_async.sync.aligned.m64n" #n k ".f32." type "." type       \
                                                " {" MATE_TEXT_##count "}, {%" a0 ", %" a1 ", %" a2 ", %" a3         \
-                                                                      "}, b, 1, 1, 1" order ";\n}"                  \
+                                                                      "}, b, 1, 1, 1" order(go) ";\n}"              \
                  : MATE_OUT_##count                                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_matrix));                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_matrix), "n"(b_major == Major::mn));           \
   }
+// Elements of 16 bits may be stored either way.
+#define MATE_ORDER(operand) ", %" operand
+#define MATE_NO_ORDER(operand)
 
 /// d (64, n) = a (64, K) b (n, K)^T, plus d where `accumulate`: both in shared memory, K-major unless b, of 16 bits, is
 /// MN-major. d is the registers of an accumulator from `first` on.
@@ -135,41 +139,44 @@ __device__ inline void wgmma(float (&d)[size], unsigned a_matrix, unsigned b_mat
 #undef MATE_CASE
 }
 
-/// d (64, n) += a (64, K) b (K, n): a in registers, b in shared memory, MN-major, or of e4m3, K-major; d likewise. If
-/// it `may_replace` d, it does so where `accumulate` is 0.
-template <ElementType element, int n, int first = 0, bool may_replace = false, int size>
+/// d (64, n) += a (64, K) b (K, n): a in registers, b in shared memory, MN-major unless it is of e4m3 or the call says
+/// otherwise; d likewise. If it `may_replace` d, it does so where `accumulate` is 0.
+template <ElementType element, int n, int first = 0, bool may_replace = false,
+          Major b_major = element == ElementType::float8_e4m3 ? Major::k : Major::mn, int size>
 __device__ inline void wgmma(float (&d)[size], const unsigned* a, unsigned b_matrix,
                              [[maybe_unused]] int accumulate = 1) {
   static_assert(n % 16 == 0 && n >= 16 && n <= 256 && first + n / 2 <= size);
-#define MATE_CASE(size, count, a0, a1, a2, a3, b, go)                               \
-  if constexpr (n == size && element == ElementType::bfloat16) {                    \
-    MATE_WGMMA_REGISTERS("k16", "bf16", size, count, a0, a1, a2, a3, b, go, ", 1"); \
-  } else if constexpr (n == size && element == ElementType::float16) {              \
-    MATE_WGMMA_REGISTERS("k16", "f16", size, count, a0, a1, a2, a3, b, go, ", 1");  \
-  } else if constexpr (n == size) {                                                 \
-    MATE_WGMMA_REGISTERS("k32", "e4m3", size, count, a0, a1, a2, a3, b, go, "");    \
+#define MATE_CASE(size, count, a0, a1, a2, a3, b, go, by_n)                                     \
+  if constexpr (n == size && element == ElementType::bfloat16) {                                \
+    MATE_WGMMA_REGISTERS("k16", "bf16", size, count, a0, a1, a2, a3, b, go, MATE_ORDER, by_n);  \
+  } else if constexpr (n == size && element == ElementType::float16) {                          \
+    MATE_WGMMA_REGISTERS("k16", "f16", size, count, a0, a1, a2, a3, b, go, MATE_ORDER, by_n);   \
+  } else if constexpr (n == size) {                                                             \
+    MATE_WGMMA_REGISTERS("k32", "e4m3", size, count, a0, a1, a2, a3, b, go, MATE_NO_ORDER, ""); \
   }
-  MATE_CASE(16, 1, "8", "9", "10", "11", "12", "13")
-  MATE_CASE(32, 2, "16", "17", "18", "19", "20", "21")
-  MATE_CASE(48, 3, "24", "25", "26", "27", "28", "29")
-  MATE_CASE(64, 4, "32", "33", "34", "35", "36", "37")
-  MATE_CASE(80, 5, "40", "41", "42", "43", "44", "45")
-  MATE_CASE(96, 6, "48", "49", "50", "51", "52", "53")
-  MATE_CASE(112, 7, "56", "57", "58", "59", "60", "61")
-  MATE_CASE(128, 8, "64", "65", "66", "67", "68", "69")
-  MATE_CASE(144, 9, "72", "73", "74", "75", "76", "77")
-  MATE_CASE(160, 10, "80", "81", "82", "83", "84", "85")
-  MATE_CASE(176, 11, "88", "89", "90", "91", "92", "93")
-  MATE_CASE(192, 12, "96", "97", "98", "99", "100", "101")
-  MATE_CASE(208, 13, "104", "105", "106", "107", "108", "109")
-  MATE_CASE(224, 14, "112", "113", "114", "115", "116", "117")
-  MATE_CASE(240, 15, "120", "121", "122", "123", "124", "125")
-  MATE_CASE(256, 16, "128", "129", "130", "131", "132", "133")
+  MATE_CASE(16, 1, "8", "9", "10", "11", "12", "13", "14")
+  MATE_CASE(32, 2, "16", "17", "18", "19", "20", "21", "22")
+  MATE_CASE(48, 3, "24", "25", "26", "27", "28", "29", "30")
+  MATE_CASE(64, 4, "32", "33", "34", "35", "36", "37", "38")
+  MATE_CASE(80, 5, "40", "41", "42", "43", "44", "45", "46")
+  MATE_CASE(96, 6, "48", "49", "50", "51", "52", "53", "54")
+  MATE_CASE(112, 7, "56", "57", "58", "59", "60", "61", "62")
+  MATE_CASE(128, 8, "64", "65", "66", "67", "68", "69", "70")
+  MATE_CASE(144, 9, "72", "73", "74", "75", "76", "77", "78")
+  MATE_CASE(160, 10, "80", "81", "82", "83", "84", "85", "86")
+  MATE_CASE(176, 11, "88", "89", "90", "91", "92", "93", "94")
+  MATE_CASE(192, 12, "96", "97", "98", "99", "100", "101", "102")
+  MATE_CASE(208, 13, "104", "105", "106", "107", "108", "109", "110")
+  MATE_CASE(224, 14, "112", "113", "114", "115", "116", "117", "118")
+  MATE_CASE(240, 15, "120", "121", "122", "123", "124", "125", "126")
+  MATE_CASE(256, 16, "128", "129", "130", "131", "132", "133", "134")
 #undef MATE_CASE
 }
 
 #undef MATE_DESCRIPTOR
 #undef MATE_WGMMA_SHARED
 #undef MATE_WGMMA_REGISTERS
+#undef MATE_ORDER
+#undef MATE_NO_ORDER
 
 }  // namespace mate::cuda::ptx
