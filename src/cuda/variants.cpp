@@ -125,6 +125,7 @@ ForwardVariant transposed_variant(const VariantChoice& choice) {
   variant.warpgroups = scorers + variant.adders();
   variant.q_stages = 1;
   variant.block_keys = 64;
+  // There is room for one block beside 64 rows of q and qv of 512 columns each, and for two beside fewer.
   const int left = variant.tile_bytes() - variant.q_bytes() - variant.p_bytes();
   variant.stages = std::min(left / (variant.k_bytes() + variant.v_bytes()), most_stages);
   return variant;
@@ -364,7 +365,7 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
     for (int i = 0; i < 5; ++i) *flags[i] = (choices >> i & 1) != 0;
     if (choice.few_rows && !choice.splits && !choice.alike) continue;  // keys of so few rows are always shared out
     for (const int rows : {64, 32, largest_stream_rows, 1}) {
-      choice.transposed_rows = transposed_rows_for(rows);
+      choice.transposed_rows = transposed_rows_for(choice.few_rows ? rows : 64);
       choice.stream_rows = choice.few_rows ? stream_rows_for(types, head_dim, head_dim_v, rows) : 0;
       if (choice.stream_rows > 0 && !choice.splits) continue;  // likewise
       const ForwardVariant variant = choose_variant(choice);

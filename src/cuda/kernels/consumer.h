@@ -1,5 +1,5 @@
-// What the consumers of forward kernels have in common, and the rest of such a kernel: forward.h, wide.h and
-// stream.h have the consumers themselves.
+// What the consumers of forward kernels have in common, and the rest of such a kernel: forward.h, wide.h, stream.h and
+// transposed.h have the consumers themselves.
 #pragma once
 
 #include "forward_loader.h"

@@ -35,7 +35,7 @@ struct SharedRows<variant, true> {
   alignas(16) RowTarget targets[rows];
   alignas(8) float query_factor[rows];  ///< what queries were divided by, to fit float16
   KeyRange visible[rows];
-  alignas(8) float largest[4 * variant.scorers()][rows];  ///< of the scores of a block, by each warp of scorers
+  alignas(8) float largest[2][variant.scorers()][4][rows];  ///< of the scores of a block, by each warp of scorers
   /// Of each warp of scorers: subtrahends of exponents, and what a scorer's own sums are to be multiplied by.
   alignas(16) float2 relative[4 * variant.scorers()][rows];
   // Of the weights of a block: what they are relative to, what sums are to be multiplied by before they are added, and,

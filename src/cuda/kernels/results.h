@@ -11,8 +11,8 @@
 
 namespace mate::cuda {
 
-/// Named barriers: 0 is __syncthreads, then come the turns of up to three consumers, then the consumers of some rows by
-/// themselves.
+/// Named barriers: 0 is __syncthreads, then come the turns of up to three consumers, or the warps of each of two
+/// scorers and all of these (transposed.h), then the consumers of some rows by themselves.
 inline constexpr int first_turn_barrier = 1;
 inline constexpr int first_row_group_barrier = 4;
 

@@ -40,10 +40,12 @@ class TransposedConsumer : protected Consumer<variant> {
   static constexpr int rows = variant.tile_rows();
   static constexpr int row_tiles = rows / 8;
   /// Of the sums of a product: register 4 r + 2 i + c is of row i, of two, of its first operand, and of query row
-  /// row_of(r) + c.
+  /// 8 r + row_of(lane) + c.
   static constexpr int registers_of_product = rows / 2;
   static constexpr ElementType element = ElementType::float16;
   static_assert(variant.element() == element && keys == 64 && rows % 16 == 0);
+  // Places go on evenly where they are counted beyond what an integer holds, and before the first.
+  static_assert((variant.p_tiles() == 4 || variant.p_tiles() == 2) && variant.p_tiles() % variant.scorers() == 0);
 
   using Base = Consumer<variant>;
   using typename Base::TilePlace;
@@ -68,12 +70,6 @@ class TransposedConsumer : protected Consumer<variant> {
   /// What is known of a tile, its place found anew: it is not worth a register all along.
   __device__ const TileWork& work_of(TilePlace tile) const { return Base::work_of(tile.again()); }
   __device__ const TileScales& scales_of(TilePlace tile) const { return Base::scales_of(tile.again()); }
-
-  /// Tells that this warp has written what others wait for.
-  __device__ static void announce(ptx::Mbarrier& full) {
-    __syncwarp();
-    release(full);
-  }
 };
 
 template <ForwardVariant variant>
@@ -94,7 +90,6 @@ class Scorer : TransposedConsumer<variant> {
  private:
   using Base = TransposedConsumer<variant>;
   using Base::a_;
-  using Base::announce;
   using Base::await;
   using Base::await_queries;
   using Base::element;
@@ -119,11 +114,12 @@ class Scorer : TransposedConsumer<variant> {
   using typename Base::WeightsPlace;
 
   static constexpr int scorers = variant.scorers();
-  static_assert(scorers <= 2);
+  // Each of two waits for every other block: with one stage parity would not tell its next one from its last.
+  static_assert(scorers == 1 || (scorers == 2 && variant.stages > 1));
   static constexpr int threads = 128 * scorers;
   /// Steps of a product whose operands are widened together.
   static constexpr int steps_at_once = 2;
-  /// Row i of a product is this warp's key lane_row(), of eight, and the one 8 behind it.
+  /// Row i of a product is this warp's key key_of(lane_row()), of eight, and the one 8 behind it.
   using Scores = float (&)[registers_of_product];
   /// What a lane has added up of the weights of each of its rows.
   using RowSums = float (&)[row_tiles][2];
@@ -204,8 +200,9 @@ class Scorer : TransposedConsumer<variant> {
     for (int i = 0; i < chunks; ++i) *word_at(i, word) = words[i];
   }
 
-  /// Of what products of q and k are to be multiplied by before those of qv and v are added. Queries that are fitted to
-  /// float16 together are multiplied by that power of two, so that they are compared as what they will be.
+  /// The exponent of what products of q and k are to be multiplied by before those of qv and v are added, if queries
+  /// are fitted to float16: both are then fitted together, and q, multiplied by that power of two, is compared with qv
+  /// as what it will be.
   __device__ int exponent_of_q(TilePlace tile) const {
     if constexpr (!variant.qv || !variant.fits_queries()) return 0;
     constexpr int least = -60;
@@ -342,9 +339,10 @@ class Scorer : TransposedConsumer<variant> {
   __device__ void weigh(TilePlace tile, int n, BlockRange blocks, Scores scores, RowSums row_sums) {
     const float scale = scales_of(tile).exponent_scale;
     const auto place = next_.template in<variant.p_tiles()>();
-    store_largest(scores);
+    auto& largest = largest_of_own_warps();
+    store_largest(scores, largest);
     await_own_warps();
-    find_references(n, blocks, place, scale);
+    find_references(n, blocks, place, scale, largest);
     __syncwarp();
     const unsigned thread = thread_of_warpgroup();
     const float2* const relative = shared_.rows.relative[4 * warpgroup() + thread / 32] + row_of(thread);
@@ -369,9 +367,15 @@ class Scorer : TransposedConsumer<variant> {
     shared_.rows.weights.full[place.stage()].arrive();
   }
 
+  /// The largest scores of the next block's rows, of this scorer's warps. Those of its last block may be read yet.
+  using Largest = float (&)[4][rows];
+  __device__ Largest largest_of_own_warps() const {
+    return shared_.rows.largest[next_.template in<2 * scorers>().stage() / scorers][warpgroup()];
+  }
+
   /// Puts the largest of each row's scores of this warp where those of the other warps are. Lanes that hold the same
   /// rows share them out: each half of them looks for the largest of half of the rows, and so on.
-  __device__ void store_largest(const float (&scores)[registers_of_product]) const {
+  __device__ static void store_largest(const float (&scores)[registers_of_product], Largest of_warps) {
     const unsigned thread = thread_of_warpgroup();
     const auto of_lane = [&](int i) { return fmaxf(scores[4 * (i / 2) + i % 2], scores[4 * (i / 2) + i % 2 + 2]); };
     const auto exchange = [&](float kept, float given, int distance) {
@@ -400,7 +404,7 @@ class Scorer : TransposedConsumer<variant> {
       }
       if (upper) first += count;
     }
-    float* const of_warp = shared_.rows.largest[4 * warpgroup() + thread / 32] + row_of(thread);
+    float* const of_warp = of_warps[thread / 32] + row_of(thread);
 #pragma unroll
     for (int i = 0; i < (row_tiles > 4 ? row_tiles / 4 : 1); ++i) {
       of_warp[(first + i) / 2 * 8 + (first + i) % 2] = largest[i];
@@ -409,7 +413,7 @@ class Scorer : TransposedConsumer<variant> {
 
   /// Finds what weights of rows are relative to from block n of a part on, their largest scores so far, and what
   /// follows from that: each warp for itself, which takes less time than to wait for another.
-  __device__ void find_references(int n, BlockRange blocks, WeightsPlace place, float scale) const {
+  __device__ void find_references(int n, BlockRange blocks, WeightsPlace place, float scale, Largest of_warps) const {
     const WeightsPlace before = place.before(1);
     const bool is_first = n == blocks.end - 1;
     auto& of_rows = shared_.rows;
@@ -422,7 +426,7 @@ class Scorer : TransposedConsumer<variant> {
       const float reference_before = is_first ? -infinity() : of_rows.references[before.stage()][row];
       float reference = reference_before;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) reference = fmaxf(reference, of_rows.largest[4 * warpgroup() + i][row]);
+      for (const auto& of_warp : of_warps) reference = fmaxf(reference, of_warp[row]);
       const bool rises = reference > reference_before;
       const float factor = rises ? exp2_approximately((reference_before - reference) * scale) : 1;
       // This scorer's own sums are without the other's block before.
