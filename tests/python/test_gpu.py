@@ -102,9 +102,11 @@ def mixed(
 side_by_side = functools.partial(mixed, capacity=2304, spare_pages=50_000)
 
 
-def latent(lengths: tuple = (500, 64, 129, 0), rows: int = 2, heads: int = 16, **options: Any) -> Call:
+def latent(
+    lengths: tuple = (500, 64, 129, 0), rows: int = 2, heads: int = 16, cache_type: torch.dtype = BF16, **options: Any
+) -> Call:
     """Multi-head latent attention: one key head, whose latent and rope parts are views of one paged cache."""
-    cache = randn(len(lengths) * 32 + 3, 16, 1, 576)
+    cache = randn(len(lengths) * 32 + 3, 16, 1, 576).to(cache_type)
     table = torch.randperm(len(cache), device=DEVICE)[: len(lengths) * 32].to(torch.int32).view(-1, 32)
     arguments = {"q": randn(len(lengths), rows, heads, 64), "qv": randn(len(lengths), rows, heads, 512)}
     arguments |= {"k_cache": cache[..., 512:], "v_cache": cache[..., :512], "page_table": table}
@@ -461,6 +463,20 @@ def test_wide_heads(mate: ModuleType, device: str, sizes: tuple, qv: bool) -> No
     if qv:
         tensors["qv"] = randn(2, 200, 4, dv)
     check(Call("flash_attn_func", {**tensors, "causal": True, "return_attn_probs": True}), mate)
+
+
+@pytest.mark.parametrize("descales", [None, (0.5, 0.3)])
+@pytest.mark.parametrize(("rows", "heads"), [(1, 16), (2, 16), (1, 128), (7, 3), (150, 16)])
+@pytest.mark.parametrize("options", [{}, {"num_splits": 1}, {"num_splits": 5}, {"batch_invariant": True}], ids=str)
+def test_latent_attention_over_e4m3(
+    mate: ModuleType, device: str, rows: int, heads: int, descales: Optional[tuple[float, float]], options: dict
+) -> None:
+    """Tiles of 16, 32 and 64 rows."""
+    call = latent(rows=rows, heads=heads, cache_type=FP8, **options)
+    if descales is not None:
+        for name, descale in zip(("k_descale", "v_descale"), descales):
+            call.arguments[name] = torch.full((4, 1), descale, device=DEVICE)
+    check(call, mate)
 
 
 @pytest.mark.parametrize("margin", [1, 8, 100, 131, 132, 10_000])
