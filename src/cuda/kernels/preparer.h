@@ -126,21 +126,17 @@ class Preparer {
   __device__ void widen_queries(const TileWork& work) {
     const auto place = work_.template in<variant.q_stages>();  // tiles are as many as their queries
     shared_.q.empty[place.stage()].wait(place.parity() ^ 1);
+    const Problem& p = a_.problem;
+    const int slot = p.query_slot(work.sequence);
     unsigned char* const tile = shared_.q_tiles[place.stage()].rows;
-    widen_rows_of_queries<variant.head_dim>(tile, work, a_.problem.q, a_.problem.head_dim);
-    announce(shared_.q.full[place.stage()]);
-  }
-
-  template <int padded>
-  __device__ void widen_rows_of_queries(unsigned char* tile, const TileWork& work, const Rows& rows, int head_dim) {
-    const int slot = a_.problem.query_slot(work.sequence);
-    widen_rows<variant.tile_rows(), padded, false>(tile, [&](int row, int piece) {
-      const RowPlace place = place_of(a_, work, row);
+    widen_rows<variant.tile_rows(), variant.head_dim, false>(tile, [&](int row, int piece) {
+      const RowPlace of_row = place_of(a_, work, row);
       const int column = 16 * piece;
-      if (place.query >= work.used || column >= head_dim) return uint4{};
-      const auto* const source = rows.at<const unsigned char>(slot, row_in_tensor(work, place), place.head);
-      return read_piece(source + column, min(head_dim - column, 16), a_.copy_bytes);
+      if (of_row.query >= work.used || column >= p.head_dim) return uint4{};
+      const auto* const source = p.q.at<const unsigned char>(slot, row_in_tensor(work, of_row), of_row.head);
+      return read_piece(source + column, min(p.head_dim - column, 16), a_.copy_bytes);
     });
+    announce(shared_.q.full[place.stage()]);
   }
 
   /// Tells that this warp's part of a tile is written.
