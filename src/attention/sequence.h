@@ -52,6 +52,7 @@ struct KeyLayout {
 /// One sequence of the batch.
 struct Sequence {
   Lengths lengths;      ///< appended keys included
+  int capacity = 0;     ///< query rows that it has, the first lengths.sq of which are used
   int first_q = 0;      ///< row of q where it starts: in the whole tensor when ragged, else in its batch entry
   int cache_row = 0;    ///< the batch entry of the cache, or the row of the page table; 0 when ragged
   int first_k = 0;      ///< position of key 0 in the cache row, or row of the ragged tensor
@@ -64,7 +65,7 @@ struct Sequence {
 /// Whether two sequences have the same queries and keys at the same places, whichever of the keys are new.
 constexpr bool is_same_place(const Sequence& a, const Sequence& b) {
   return a.lengths.sq == b.lengths.sq && a.lengths.sk == b.lengths.sk && a.lengths.total == b.lengths.total &&
-         a.first_q == b.first_q && a.cache_row == b.cache_row && a.first_k == b.first_k;
+         a.capacity == b.capacity && a.first_q == b.first_q && a.cache_row == b.cache_row && a.first_k == b.first_k;
 }
 
 /// Where a key's row stands: in which slot (batch entry or page), and which row of it.
@@ -73,18 +74,18 @@ struct Location {
   long long row = 0;
 };
 
-constexpr int clamp(long long value, long long low, long long high) {
-  return static_cast<int>(value < low ? low : value > high ? high : value);
-}
-
-/// How many query rows a sequence has, used or not.
-constexpr int query_capacity(const QueryLayout& queries, int b) {
-  if (!queries.cu_seqlens.given()) return queries.rows;
+/// The query rows that a sequence has, used or not.
+struct QueryRows {
+  int first = 0;  ///< in the whole tensor when ragged, else in its batch entry
+  int count = 0;
+};
+constexpr QueryRows query_rows(const QueryLayout& queries, int b) {
+  if (!queries.cu_seqlens.given()) return {0, queries.rows};
   const int begin = clamp(queries.cu_seqlens[b], 0, queries.rows);
-  return clamp(static_cast<long long>(queries.cu_seqlens[b + 1]) - begin, 0, queries.rows - begin);
+  return {begin, clamp(static_cast<long long>(queries.cu_seqlens[b + 1]) - begin, 0, queries.rows - begin)};
 }
 
-/// How many of these, its capacity, are used.
+/// How many of `capacity` rows are used.
 constexpr int used_queries(const QueryLayout& queries, int b, int capacity) {
   return queries.seqused.given() ? clamp(queries.seqused[b], 0, capacity) : capacity;
 }
@@ -100,8 +101,10 @@ constexpr int key_capacity(const KeyLayout& keys, int b) {
 /// Sequence b. Whatever the lengths hold, nothing outside a tensor is pointed to: they are clamped.
 constexpr Sequence locate_sequence(const QueryLayout& queries, const KeyLayout& keys, const Mask& mask, int b) {
   Sequence s;
-  if (queries.cu_seqlens.given()) s.first_q = clamp(queries.cu_seqlens[b], 0, queries.rows);
-  s.lengths.sq = used_queries(queries, b, query_capacity(queries, b));
+  const QueryRows rows = query_rows(queries, b);
+  s.first_q = rows.first;
+  s.capacity = rows.count;
+  s.lengths.sq = used_queries(queries, b, rows.count);
 
   // A cache row that there is not holds no keys.
   const int cache_rows = keys.paged() ? keys.page_rows : keys.slots;

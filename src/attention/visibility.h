@@ -37,6 +37,10 @@ struct KeyRange {
   constexpr int size() const { return empty() ? 0 : end - begin; }
 };
 
+constexpr int clamp(long long value, long long low, long long high) {
+  return static_cast<int>(value < low ? low : value > high ? high : value);
+}
+
 /// 32 bits, and not negative: GPUs divide other numbers slowly.
 constexpr int divide(int a, int b) { return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b)); }
 
@@ -47,40 +51,32 @@ constexpr long long floor_divide(long long a, int b) {
   return -1 - static_cast<long long>(static_cast<unsigned>(-1 - a) / divisor);
 }
 
-/// How many keys of this rank stand before `position`, at least 0 and at most lengths.sk.
-constexpr int keys_before(const Mask& mask, const Lengths& lengths, long long position) {
-  const long long count =
-      mask.cp_world == 1 ? position : floor_divide(position - mask.cp_rank + mask.cp_world - 1, mask.cp_world);
-  return count < 0 ? 0 : count > lengths.sk ? lengths.sk : static_cast<int>(count);
-}
-
-/// First key that `row` may see. Never decreases with the row.
-constexpr int first_visible(const Mask& mask, const Lengths& lengths, int row) {
-  const long long p = static_cast<long long>(row) + lengths.total - lengths.sq;
-  long long first = 0;
-  if (mask.left >= 0 && p - mask.left > first) first = p - mask.left;
-  if (mask.chunk > 0) {
-    const long long chunk_begin = floor_divide(p, mask.chunk) * mask.chunk;
-    if (chunk_begin > first) first = chunk_begin;
-  }
-  return keys_before(mask, lengths, first);
-}
-
-/// One past the last key that `row` may see. Never decreases with the row.
-constexpr int end_visible(const Mask& mask, const Lengths& lengths, int row) {
-  const long long p = static_cast<long long>(row) + lengths.total - lengths.sq;
-  long long end = lengths.total;
-  if (mask.right >= 0 && p + mask.right + 1 < end) end = p + mask.right + 1;
-  if (mask.chunk > 0) {
-    const long long chunk_end = (floor_divide(p, mask.chunk) + 1) * mask.chunk;
-    if (chunk_end < end) end = chunk_end;
-  }
-  return keys_before(mask, lengths, end);
-}
-
-/// The keys that `row` sees: always one range, since every rule bounds the key's position from below or above.
+/// The keys that `row` sees: always one range, since every rule bounds the key's position from below or above. Neither
+/// end ever decreases with the row.
 constexpr KeyRange visible_keys(const Mask& mask, const Lengths& lengths, int row) {
-  return {first_visible(mask, lengths, row), end_visible(mask, lengths, row)};
+  const long long p = static_cast<long long>(row) + lengths.total - lengths.sq;
+  long long begin = 0;
+  long long end = lengths.total;
+  if (mask.left >= 0 && p - mask.left > begin) begin = p - mask.left;
+  if (mask.right >= 0 && p + mask.right + 1 < end) end = p + mask.right + 1;
+  // What few calls need is in one place: where a GPU jumps over code, it waits for what comes behind.
+  if (mask.chunk > 0 || mask.cp_world > 1) {
+    if (mask.chunk > 0) {
+      const long long chunk_begin = floor_divide(p, mask.chunk) * mask.chunk;
+      if (chunk_begin > begin) begin = chunk_begin;
+      if (chunk_begin + mask.chunk < end) end = chunk_begin + mask.chunk;
+    }
+    begin = floor_divide(begin - mask.cp_rank + mask.cp_world - 1, mask.cp_world);
+    end = floor_divide(end - mask.cp_rank + mask.cp_world - 1, mask.cp_world);
+  }
+  return {clamp(begin, 0, lengths.sk), clamp(end, 0, lengths.sk)};
+}
+
+constexpr int first_visible(const Mask& mask, const Lengths& lengths, int row) {
+  return visible_keys(mask, lengths, row).begin;
+}
+constexpr int end_visible(const Mask& mask, const Lengths& lengths, int row) {
+  return visible_keys(mask, lengths, row).end;
 }
 
 /// The keys that some row of a range sees, from what its first and its last row see.

@@ -181,7 +181,7 @@ class ForwardLoader {
   __device__ ptx::CachePolicy policy_for(const TileWork& work) const {
     if constexpr (!variant.splits) return ptx::CachePolicy::evict_normal;
     if constexpr (variant.one_tile()) return policy_;
-    return ptx::policy_of(work.capacity * a_.pack <= a_.tile_rows);
+    return ptx::policy_of(work.place.capacity * a_.pack <= a_.tile_rows);
   }
 
   /// Has the copy engine fetch columns of a box of keys or values: all chunks by one order, or chunk by chunk. For

@@ -47,7 +47,7 @@ class ResultWriter {
     finish(softmax, place, work.used, shares, lses);
     const int slot = p.query_slot(work.sequence);
     const long long row = row_in_tensor(work, place);
-    const bool exists = place.query < work.capacity;
+    const bool exists = place.query < work.place.capacity;
     unsigned short* out = p.out.at<unsigned short>(slot, row, place.head) + first_column();
     if (!exists) out = nullptr;
     unsigned short* outs[rows_of_thread];
@@ -183,7 +183,7 @@ class ResultWriter {
       const long long at = partial_row(work, work.part_at(a_.cut, begin), row);
       *weight_of_part(at) = make_float2(weight.max, weight.sum);
       target.row = sums_of_part(at);
-    } else if (place.query < work.capacity) {
+    } else if (place.query < work.place.capacity) {
       const int slot = p.query_slot(work.sequence);
       const long long row_of_out = row_in_tensor(work, place);
       const float lse = computed ? finish(weight, place.head, target.share) : -infinity();
@@ -275,7 +275,7 @@ class ResultWriter {
           return merged;
         },
         [&](unsigned short* out, int column, float(&sums)[4]) { store_columns(out, column, sums, value_factor); });
-    const int existing = end_of_rows(work, work.capacity);
+    const int existing = end_of_rows(work, work.place.capacity);
 #pragma unroll 1
     for (int i = max(end, first_row()) + warp; i < existing; i += warps) {
       const RowPlace place = place_of(a_, work, i);
@@ -332,7 +332,7 @@ class ResultWriter {
 #pragma unroll 1
     for (int row = first_row() + thread() / 32; row < first_row() + rows; row += warps) {
       const RowPlace place = place_of(a_, work, row);
-      if (place.query >= work.capacity) return;
+      if (place.query >= work.place.capacity) return;
       const long long out_row = row_in_tensor(work, place);
       if (place.query >= work.used) {
         clear_row(p, slot, out_row, place.head, -infinity());

@@ -31,11 +31,10 @@ __device__ inline void await_prefills(const ForwardArguments& a) {
   if (a.served.which == Sequences::decodes && blockIdx.x == 0) ptx::await_earlier_kernels();
 }
 
-/// Whether sequence b, with room for so many query rows, is this launch's.
-__device__ inline bool serves(const ForwardArguments& a, int b, int capacity) {
+/// Whether a sequence that uses so many query rows is this launch's.
+__device__ inline bool serves(const ForwardArguments& a, int used_queries) {
   if (a.served.which == Sequences::all) return true;
-  const bool is_decoded = used_queries(a.problem.queries, b, capacity) <= a.served.decode_rows;
-  return is_decoded == (a.served.which == Sequences::decodes);
+  return (used_queries <= a.served.decode_rows) == (a.served.which == Sequences::decodes);
 }
 
 /// Of `workers` blocks of threads, how many have work: either grid is as large as the device, and the others end at

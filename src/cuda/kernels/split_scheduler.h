@@ -29,28 +29,28 @@ class StepCounter : public TileFinder<variant> {
   }
 
   /// Of a tile that needs these blocks of keys.
-  __device__ int steps_of(int capacity, int tile, BlockRange blocks) const {
-    return TileCut({}, blocks, blocks_of_step(capacity, tile)).steps();
+  __device__ int steps_of(const Sequence& place, int tile, BlockRange blocks) const {
+    return TileCut({}, blocks, blocks_of_step(place.capacity, tile)).steps();
   }
 
-  __device__ TileCut cut_of(const Lengths& lengths, int capacity, int tile, BlockRange blocks) const {
+  __device__ TileCut cut_of(const Sequence& place, int tile, BlockRange blocks) const {
     int aligned = 0;
     if (a_.cut.kind == Cut::Kind::aligned) {
       const Problem& p = problem();
-      aligned = AlignedCut(lengths, {p.group(), p.heads_k, p.head_dim, p.head_dim_v, variant.block_keys}).distance();
+      aligned =
+          AlignedCut(place.lengths, {p.group(), p.heads_k, p.head_dim, p.head_dim_v, variant.block_keys}).distance();
     }
-    return {a_.cut, blocks, blocks_of_step(capacity, tile), aligned};
+    return {a_.cut, blocks, blocks_of_step(place.capacity, tile), aligned};
   }
 
-  __device__ int steps_of_tile(const Lengths& lengths, int capacity, int tile) const {
-    return steps_of(capacity, tile, this->blocks_of_tile(lengths, this->used_rows(lengths), tile));
+  __device__ int steps_of_tile(const Sequence& place, int tile) const {
+    return steps_of(place, tile, this->blocks_of_tile(place.lengths, this->used_rows(place.lengths), tile));
   }
 
   /// What there is to do for a sequence.
   struct Count {
     int tiles = 0;  ///< of one unit, and of this worker's steps
     int steps = 0;  ///< of them all
-    int capacity = 0;
     Sequence place;
     KeyRange first, last;  ///< keys that its first and last row see, where they are in one tile
   };
@@ -59,9 +59,10 @@ class StepCounter : public TileFinder<variant> {
   __device__ Count count(int b) const {
     Count count;
     if (b < problem().batch) {
-      count.capacity = query_capacity(problem().queries, b);
-      if (serves(a_, b, count.capacity)) count.tiles = worker_.tiles_of(this->tiles_of_capacity(count.capacity));
       count.place = problem().sequence(b);
+      if (serves(a_, count.place.lengths.sq)) {
+        count.tiles = worker_.tiles_of(this->tiles_of_capacity(count.place.capacity));
+      }
     }
     if constexpr (variant.one_tile()) {
       if (count.tiles > 0) count_tile(count);
@@ -78,8 +79,8 @@ class StepCounter : public TileFinder<variant> {
     Count theirs;
     theirs.tiles = of(count.tiles);
     theirs.steps = of(count.steps);
-    theirs.capacity = of(count.capacity);
     theirs.place.lengths = {of(count.place.lengths.sq), of(count.place.lengths.sk), of(count.place.lengths.total)};
+    theirs.place.capacity = of(count.place.capacity);
     theirs.place.first_q = of(count.place.first_q);
     theirs.place.cache_row = of(count.place.cache_row);
     theirs.place.first_k = of(count.place.first_k);
@@ -109,14 +110,13 @@ class StepCounter : public TileFinder<variant> {
       }
       blocks = blocks_of_keys(this->tiling(), keys_of_some_row(count.first, count.last));
     }
-    count.steps = steps_of(count.capacity, 0, blocks);
+    count.steps = steps_of(count.place, 0, blocks);
   }
 
   __device__ void count_tiles(Count& count) const {
     if (count.tiles <= few_tiles) {
 #pragma unroll 1
-      for (int i = 0; i < count.tiles; ++i)
-        count.steps += steps_of_tile(count.place.lengths, count.capacity, worker_.tile(i));
+      for (int i = 0; i < count.tiles; ++i) count.steps += steps_of_tile(count.place, worker_.tile(i));
     }
 #pragma unroll 1
     for (unsigned long_ones = __ballot_sync(~0U, count.tiles > few_tiles); long_ones != 0; long_ones &= long_ones - 1) {
@@ -124,8 +124,7 @@ class StepCounter : public TileFinder<variant> {
       const Count theirs = from(count, source);
       int steps = 0;
 #pragma unroll 1
-      for (int i = lane(); i < theirs.tiles; i += 32)
-        steps += steps_of_tile(theirs.place.lengths, theirs.capacity, worker_.tile(i));
+      for (int i = lane(); i < theirs.tiles; i += 32) steps += steps_of_tile(theirs.place, worker_.tile(i));
       steps = warp_sum(steps);
       if (lane() == source) count.steps = steps;
     }
@@ -217,8 +216,7 @@ class SplitScheduler : StepCounter<variant> {
   __device__ bool still_holds() const {
     bool same = true;
     if (lane() < problem().batch) {
-      same = query_capacity(problem().queries, lane()) == count_.capacity &&
-             is_same_place(problem().sequence(lane()), count_.place);
+      same = is_same_place(problem().sequence(lane()), count_.place);
     }
     return __all_sync(~0U, same);
   }
@@ -282,7 +280,6 @@ class SplitScheduler : StepCounter<variant> {
       work.unit = unit_;
       work.tile = index;
       work.place = count.place;
-      work.capacity = count.capacity;
       work.used = this->used_rows(count.place.lengths);
       work.shares = shares_;
       work.steps = tile;
@@ -294,7 +291,7 @@ class SplitScheduler : StepCounter<variant> {
     if constexpr (!variant.one_tile()) this->find_keys(work);
     bool any = true;
     if (lane() == 0) {
-      const TileCut cut = this->cut_of(count.place.lengths, count.capacity, index, work.blocks);
+      const TileCut cut = this->cut_of(count.place, index, work.blocks);
       const BlockRange blocks = cut.blocks_of_steps(taken.begin - tile.begin, taken.end - tile.begin);
       // One without keys is whoever has its step.
       any = blocks.size() > 0 || cut.blocks.size() == 0;
@@ -321,7 +318,7 @@ class SplitScheduler : StepCounter<variant> {
 #pragma unroll 1
     for (int first = 0;; first += 32) {
       const int i = count.tiles - 1 - (first + lane());
-      const int steps = i >= 0 ? this->steps_of_tile(count.place.lengths, count.capacity, worker_.tile(i)) : 0;
+      const int steps = i >= 0 ? this->steps_of_tile(count.place, worker_.tile(i)) : 0;
       const int end = begin + warp_prefix_sum(steps);
       const unsigned beyond = __ballot_sync(~0U, end > share_.begin);
       if (beyond != 0) {

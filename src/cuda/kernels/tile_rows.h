@@ -54,7 +54,7 @@ __device__ inline void clear_tile(const ForwardArguments& a, const TileWork& wor
   for (int row = 0; row < a.tile_rows; ++row) {
     ptx::forget_shared_memory();
     const RowPlace place = place_of(a, work, row);
-    if (place.query >= work.capacity) return;
+    if (place.query >= work.place.capacity) return;
     clear_row(p, p.query_slot(work.sequence), row_in_tensor(work, place), place.head,
               place.query < work.used ? sink_of(p, place.head) : -infinity());
   }
@@ -87,8 +87,8 @@ __device__ void clear_rows_of_no_tile(const ForwardArguments& a) {
     block.share(divide(p.batch, 32) + 1, [&](int run, Sharer of_run) {
       const int first = 32 * run;
       const int b = first + lane;
-      int capacity = b < p.batch ? query_capacity(p.queries, b) : 0;
-      if (b < p.batch && !serves(a, b, capacity)) capacity = 0;
+      int capacity = b < p.batch ? query_rows(p.queries, b).count : 0;
+      if (b < p.batch && !serves(a, used_queries(p.queries, b, capacity))) capacity = 0;
 #pragma unroll 1
       for (unsigned longer = __ballot_sync(~0U, capacity > in_tile); longer != 0; longer &= longer - 1) {
         const int source = __ffs(longer) - 1;

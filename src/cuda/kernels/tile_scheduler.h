@@ -54,8 +54,8 @@ class TileScheduler : TileFinder<variant> {
 
   /// Of all units.
   __device__ int all_tiles_of(int b) const {
-    const int capacity = query_capacity(problem().queries, b);
-    return serves(a_, b, capacity) ? this->tiles_of_capacity(capacity) * units() : 0;
+    const int capacity = query_rows(problem().queries, b).count;
+    return serves(a_, used_queries(problem().queries, b, capacity)) ? this->tiles_of_capacity(capacity) * units() : 0;
   }
 
   /// The sequence of tile index_, whose place in it becomes index_in_sequence_; -1 where there are no more.
@@ -95,7 +95,7 @@ class TileScheduler : TileFinder<variant> {
   __device__ void choose_tile(TileWork& work) const {
     const int heads = problem().heads_k;
     const int sk = work.place.lengths.sk;
-    const int tiles = this->tiles_of_capacity(work.capacity);
+    const int tiles = this->tiles_of_capacity(work.place.capacity);
     int first_unit = 0;
     int width = units();
     if (static_cast<long long>(sk) * heads > a_.keys_in_l2) {

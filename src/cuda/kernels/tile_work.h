@@ -15,8 +15,7 @@ struct TileWork {
   int head_k = 0;     ///< their key head
   int tile = 0;
   int first_query = 0;  ///< query row of the sequence that the tile begins with
-  int capacity = 0;     ///< rows of out that belong to the sequence,
-  int used = 0;         ///< and how many of them are computed: the rest is cleared
+  int used = 0;         ///< query rows that are computed: those of the rest that the sequence has are cleared
   Sequence place;
   KeyRange seen;         ///< keys that some row of the sequence sees
   KeyRange seen_by_all;  ///< keys that every row of the tile sees
@@ -106,7 +105,6 @@ class TileFinder {
   /// Where the rows of a sequence are. One lane does that.
   __device__ void locate(TileWork& work) const {
     work.place = problem().sequence(work.sequence);
-    work.capacity = query_capacity(problem().queries, work.sequence);
     work.used = used_rows(work.place.lengths);
   }
 
