@@ -207,12 +207,15 @@ constexpr int long_blocks = 10;
 
 bool has_long_keys(const Problem& p) { return divide_up(most_keys(p), 128) > long_blocks; }
 
+/// From so many parts of a tile on, one multiprocessor takes longer to merge them than another launch, in which each
+/// row is merged by a warp of its own.
+constexpr int many_parts = 8;
+
 /// Whether a call takes less time if keys are shared out among blocks of threads, so that all have as much to do, and
 /// parts of tiles are merged, than if they take whole tiles, those of a sequence with the most keys first.
 bool gains_by_sharing(const Problem& p, int multiprocessors) {
-  constexpr float merging = 2 * long_blocks;  // blocks of keys that could be multiplied meanwhile
-  constexpr float worth = 1.15F;              // keys may be fewer than there is room for, and what it saves with them
-  constexpr float tiles_enough = 8;           // of each multiprocessor, whatever their keys are
+  constexpr float worth = 1.15F;     // keys may be fewer than there is room for, and what it saves with them
+  constexpr float tiles_enough = 8;  // of each multiprocessor, whatever their keys are
   const Tiling tiling{128, 128, p.group()};
   const int rows = mean_rows(p);
   const int keys = most_keys(p);
@@ -229,6 +232,8 @@ bool gains_by_sharing(const Problem& p, int multiprocessors) {
   if (!are_alike(p)) return most > long_blocks && tiles < tiles_enough;
   const float shared = tiles * (most + least) / 2;
   const float whole = std::max(most, std::min(std::ceil(tiles) * most, shared + least));
+  const bool apart = tiles * (many_parts - 1) <= 1;
+  const float merging = apart ? long_blocks : 2 * long_blocks;  // blocks of keys that could be multiplied meanwhile
   return whole > worth * shared + merging;
 }
 
@@ -354,11 +359,17 @@ void take_parts(const Problem& p, const ForwardVariant& variant, std::int64_t ti
   parts.rows =
       static_cast<int>(std::min<std::int64_t>(arguments.tile_rows, std::int64_t{most_rows(p)} * arguments.pack));
   const std::int64_t rows = slots * parts.rows;
+  parts.columns = variant.head_dim_v;
   parts.sums = scratch.take<float>(rows * (variant.head_dim_v + 2));
   parts.weights = parts.sums + rows * variant.head_dim_v;
 }
 
 KernelFamily& forward_kernels() {
+  static KernelFamily kernels;
+  return kernels;
+}
+
+KernelFamily& merge_kernels() {
   static KernelFamily kernels;
   return kernels;
 }
@@ -376,15 +387,35 @@ KernelFamily& scheduler_metadata_kernels() {
 /// That the call leaves to itself.
 int multiprocessors_of(const Problem& p, const Device& gpu) { return std::max(1, gpu.multiprocessors - p.sm_margin); }
 
-/// A launch of the kernel for some sequences of a call, or for all.
+/// A launch of the kernel for some sequences of a call, or for all; and perhaps one that merges parts of tiles.
 struct PreparedForward {
   Kernel kernel;
   Launch shape;
   ForwardArguments arguments;
   bool whole_tiles;  ///< none is cut
+  std::optional<Kernel> merge = std::nullopt;
+  Launch merge_shape = {};
 
-  void launch() const { cuda::launch(kernel, shape, arguments); }
+  void launch() const {
+    cuda::launch(kernel, shape, arguments);
+    if (merge) cuda::launch(*merge, merge_shape, arguments);
+  }
 };
+
+/// Whether parts of tiles are merged by a launch of its own. It adds up weights in another order, so that it is not for
+/// batch-invariant calls.
+bool merges_apart(const ForwardVariant& variant, const ForwardArguments& arguments, std::int64_t tiles, int workers) {
+  if (variant.stream() || arguments.served.which != Sequences::all || arguments.parts.sums == nullptr) return false;
+  switch (arguments.cut.kind) {
+    case Cut::Kind::even:
+      return tiles * (many_parts - 1) <= workers;
+    case Cut::Kind::counted:
+      return arguments.cut.size >= many_parts;
+    case Cut::Kind::aligned:
+      return false;
+  }
+  return false;
+}
 
 /// `counters` are those of the launch.
 PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scratch& scratch, int* counters,
@@ -443,11 +474,21 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   }
   const Kernel kernel = forward_kernels().load(gpu, key_of(variant), [&] { return source_of(variant); });
   arguments.counters = counters;
-  return {
+  PreparedForward prepared{
       kernel,
       {.grid = {static_cast<unsigned>(blocks)}, .block = {static_cast<unsigned>(variant.threads())}, .stream = queue},
       arguments,
       !variant.splits};
+  if (variant.splits && merges_apart(variant, arguments, tiles, blocks)) {
+    prepared.arguments.parts.cut_tiles = scratch.take<CutTile>(blocks);
+    prepared.merge = merge_kernels().load(gpu, static_cast<std::uint64_t>(variant.types.out),
+                                          [&] { return merge_parts_source(variant.types.out); });
+    prepared.merge_shape = {.grid = {static_cast<unsigned>(blocks),
+                                     static_cast<unsigned>(divide_up(arguments.tile_rows, merge_threads / 32))},
+                            .block = {merge_threads},
+                            .stream = queue};
+  }
+  return prepared;
 }
 
 /// A launch of the kernel that says how many multiprocessors are to serve prompts.

@@ -341,6 +341,15 @@ KernelSource combine_source() {
   return source;
 }
 
+KernelSource merge_parts_source(ElementType out) {
+  KernelSource source;
+  source.name = join("merge_parts_to_", name_of(out));
+  source.text = join("#include \"merge_parts.h\"\n\nextern \"C\" __global__ void __launch_bounds__(", merge_threads,
+                     ", 1) ", source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
+                     "  mate::cuda::merge_parts<mate::ElementType::", name_of(out), ">(arguments);\n}\n");
+  return source;
+}
+
 KernelSource partition_source() {
   KernelSource source;
   source.name = "partition_multiprocessors";
@@ -376,6 +385,7 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
   for (const ElementType added : {types.query, types.key}) add(append_source({types.query, added, types.key}));
   add(partition_source());
   add(combine_source());
+  add(merge_parts_source(types.out));
   return sources;
 }
 

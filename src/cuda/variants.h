@@ -51,6 +51,9 @@ KernelSource scheduler_metadata_source(int block_keys);
 KernelSource append_source(const AppendTypes& types);
 KernelSource combine_source();
 
+/// Of the kernel that merges parts of tiles, rounded to such a type.
+KernelSource merge_parts_source(ElementType out);
+
 /// Of the kernel that partitions the multiprocessors between two launches of a call.
 KernelSource partition_source();
 

@@ -432,6 +432,21 @@ def test_latent_attention(mate: ModuleType, device: str, rows: int, heads: int, 
     check(latent(rows=rows, heads=heads, **options), mate)
 
 
+@pytest.mark.parametrize("lengths", [(2500,), (1700, 2500)], ids=str)
+@pytest.mark.parametrize(("rows", "heads"), [(16, (32, 8)), (33, (8, 2)), (64, (16, 4))], ids=str)
+@pytest.mark.parametrize("cache_type", [torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_splits": 8}, {"window_size": (1800, 3), "causal": False}], ids=str)
+def test_few_tiles_of_many_parts(
+    mate: ModuleType, device: str, lengths: tuple, rows: int, heads: tuple, cache_type: torch.dtype, options: dict
+) -> None:
+    """Parts that a launch of its own merges."""
+    heads_q, heads_k = heads
+    keys, values = (randn(len(lengths), max(lengths), heads_k, 128).to(cache_type) for _ in range(2))
+    q = randn(len(lengths), rows, heads_q, 128)
+    arguments = {"causal": True, "learnable_sink": randn(heads_q), **options}
+    check(cached(lengths, q=q, k_cache=keys, v_cache=values, **arguments), mate)
+
+
 @pytest.mark.parametrize("rows", [1, 4, 16, 100])
 @pytest.mark.parametrize("heads", [8, 128])
 def test_parts_of_long_sequences_do_not_depend_on_the_batch(

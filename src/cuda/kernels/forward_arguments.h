@@ -7,12 +7,29 @@
 
 namespace mate::cuda {
 
+/// A tile of which several blocks of threads have parts, as the launch that merges them has to know it.
+struct CutTile {
+  int sequence;
+  int unit;
+  int first_query;
+  int used;
+  int first_q;  ///< of the sequence, and how many query rows it has
+  int capacity;
+  TileParts parts;  ///< count is 0 where there is no tile
+};
+
+/// Threads of a block of the kernel that merges parts.
+inline constexpr int merge_threads = 128;
+
 /// Results over parts of tiles' keys, until they are merged: `rows` rows to each slot.
 struct PartialResults {
   float* sums = nullptr;     ///< (slots, rows, dv rounded up), float32
   float* weights = nullptr;  ///< (slots, rows, 2): the exponent of 2 that they are relative to, and their sum
   int rows = 0;
+  int columns = 0;        ///< of sums
   int slots_of_tile = 0;  ///< where each tile has its own, since it is cut into parts of its own
+  /// Of each block of threads the tile whose first part it has, but not all parts: where another launch merges them.
+  CutTile* cut_tiles = nullptr;
 };
 
 /// Which sequences of a call a launch serves. Where prompts are read and tokens decoded in one call, prompts need the

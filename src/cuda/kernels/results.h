@@ -2,12 +2,10 @@
 // whoever is done last.
 #pragma once
 
-#include "forward_arguments.h"
 #include "forward_variant.h"
-#include "merge.h"
+#include "part_merger.h"
 #include "ptx/global.h"
 #include "store.h"
-#include "tile_rows.h"
 
 namespace mate::cuda {
 
@@ -18,14 +16,14 @@ inline constexpr int first_row_group_barrier = 4;
 
 /// Used by all threads of the consumers of some rows together, each of which has sums of columns of its own.
 template <ForwardVariant variant>
-class ResultWriter {
+class ResultWriter : PartMerger<variant.types.out> {
  public:
   static constexpr int columns = variant.consumer_columns();
   using Sums = float (&)[columns / 2];
 
   /// Of consumer `consumer`. `is_last` is in shared memory, and has room for each group of rows.
   __device__ ResultWriter(const ForwardArguments& arguments, int consumer, int* is_last)
-      : a_(arguments), consumer_(consumer), is_last_(is_last) {}
+      : PartMerger<variant.types.out>(arguments), consumer_(consumer), is_last_(is_last) {}
 
   /// Of a tile, or the part of it that begins with block `begin`, whose keys have all been seen: the last of the parts
   /// that this block of threads takes comes first. Sums of values are multiplied by `value_factor`.
@@ -35,7 +33,7 @@ class ResultWriter {
     if constexpr (variant.splits) {
       if (work.parts.count > 1) {
         store_part(work, work.part_at(a_.cut, begin), sums, softmax);
-        if (begin == work.blocks.begin && are_all_done(work)) merge_parts(work, value_factor);
+        if (begin == work.blocks.begin) end_parts(work, value_factor);
         return;
       }
     }
@@ -68,19 +66,23 @@ class ResultWriter {
     }
   }
 
-  /// The same of a tile of which each warp of stream.h has seen some of the keys: their sums are merged as those of
-  /// parts are, which see merge_to_out().
+  /// The same of a tile of which each warp of stream.h has seen some of the keys: the sums of row
+  /// r are read(warp, r, column), four at a time, and have weight_of(warp, r).
   template <typename WeightOf, typename Read>
   __device__ void write_merged(const TileWork& work, int begin, float value_factor, const WeightOf& weight_of,
                                const Read& read) const {
     if constexpr (variant.splits) {
       if (work.parts.count > 1) {
         merge_to_part(work, work.part_at(a_.cut, begin), weight_of, read);
-        if (begin == work.blocks.begin && are_all_done(work)) merge_parts(work, value_factor);
+        if (begin == work.blocks.begin) end_parts(work, value_factor);
         return;
       }
     }
-    merge_to_out<variant.stream_warps()>(work, variant.stream_warps(), value_factor, weight_of, read);
+    for_own_rows([&](int row) {
+      return Base::template merge_row_of<variant.stream_warps()>(
+          work, row, variant.stream_warps(), value_factor, [&](int warp) { return weight_of(warp, row); },
+          [&](int warp, int column) { return read(warp, row, column); });
+    });
   }
 
   /// The same of a tile of transposed.h, where each thread of the first ones has the weight of a row, and a lane has
@@ -117,7 +119,7 @@ class ResultWriter {
       }
     }
     if constexpr (variant.splits) {
-      if (is_part && begin == work.blocks.begin && are_all_done(work)) merge_parts(work, value_factor);
+      if (is_part && begin == work.blocks.begin) end_parts(work, value_factor);
     }
   }
 
@@ -132,6 +134,15 @@ class ResultWriter {
   __device__ int first_column() const { return variant.wide ? consumer_ * columns : 0; }
 
  private:
+  using Base = PartMerger<variant.types.out>;
+  using Base::a_;
+  using Base::partial_row;
+  using Base::store_columns;
+  using Base::sums_of;
+  using Base::sums_of_part;
+  using Base::weight_of;
+  using Base::weight_of_part;
+
   static constexpr int threads = 128 * variant.consumers_of_row();  // of the consumers of a row
   static constexpr int warps = threads / 32;
   static constexpr int rows = variant.tile_rows() / variant.row_groups();  // that they have
@@ -165,12 +176,6 @@ class ResultWriter {
     }
   }
 
-  /// The same of a row whose parts have such weights.
-  __device__ float finish(const PartWeight& all, int head, float& share) const {
-    const float lse = finish_softmax(all.max, all.sum, share);
-    return add_sink(lse, sink_of(a_.problem, head), share);
-  }
-
   /// Ends a row of a tile, or of a part of it, that has such weights.
   __device__ RowTarget target_of(const TileWork& work, bool is_part, int begin, int row,
                                  const PartWeight& weight) const {
@@ -186,21 +191,12 @@ class ResultWriter {
     } else if (place.query < work.place.capacity) {
       const int slot = p.query_slot(work.sequence);
       const long long row_of_out = row_in_tensor(work, place);
-      const float lse = computed ? finish(weight, place.head, target.share) : -infinity();
+      const float lse = computed ? Base::finish(weight, place.head, target.share) : -infinity();
       if (p.lse.data != nullptr) p.lse.at(slot, place.head, row_of_out) = lse;
       target.row = p.out.at<unsigned short>(slot, row_of_out, place.head);
     }
     return target;
   }
-
-  /// A row of a slot of partial results.
-  __device__ long long partial_row(const TileWork& work, int part, int row) const {
-    return static_cast<long long>(work.parts.slot(part)) * a_.parts.rows + row;
-  }
-
-  __device__ float* sums_of_part(long long row) const { return a_.parts.sums + row * variant.head_dim_v; }
-  /// The exponent that they are relative to, and their sum.
-  __device__ float2* weight_of_part(long long row) const { return reinterpret_cast<float2*>(a_.parts.weights) + row; }
 
   __device__ void store_part(const TileWork& work, int part, Sums sums, const OnlineSoftmax& softmax) const {
 #pragma unroll
@@ -235,24 +231,24 @@ class ResultWriter {
 
   /// The warps of the rows' consumers merge their parts.
   __device__ void merge_parts(const TileWork& work, float value_factor) const {
-    const auto weight_of = [&](int part, int row) {
-      const float2 weight = __ldcg(weight_of_part(partial_row(work, part, row)));
-      return PartWeight{weight.x, weight.y};
-    };
-    const auto read = [&](int part, int row, int column) {
-      return __ldcg(reinterpret_cast<const float4*>(sums_of_part(partial_row(work, part, row)) + column));
-    };
     if constexpr (variant.stream()) {
-      merge_to_out<most_at_once>(work, work.parts.count, value_factor, weight_of, read);
+      for_own_rows([&](int row) { return Base::template merge_row_of<most_at_once>(work, row, value_factor); });
     } else {
-      merge_many_to_out(work, value_factor, weight_of, read);
+      merge_many(work, value_factor);
     }
   }
 
-  /// The same where rows are many: each warp has every so manieth of them.
-  template <typename WeightOf, typename Read>
-  __device__ void merge_many_to_out(const TileWork& work, float value_factor, const WeightOf& weight_of,
-                                    const Read& read) const {
+  /// Calls merge(row) for every so manieth row, as this warp's, until it returns false.
+  template <typename Merge>
+  __device__ void for_own_rows(const Merge& merge) const {
+#pragma unroll 1
+    for (int row = first_row() + thread() / 32; row < first_row() + rows; row += warps) {
+      if (!merge(row)) return;
+    }
+  }
+
+  /// Merges parts where rows are many: each warp has every so manieth of them.
+  __device__ void merge_many(const TileWork& work, float value_factor) const {
     static_assert(rows <= 32 * warps);
     const Problem& p = a_.problem;
     const int slot = p.query_slot(work.sequence);
@@ -263,13 +259,13 @@ class ResultWriter {
     constexpr int lines_at_once = variant.transposed() ? 2 : 4;
     merge_rows<lines_at_once>(
         end > first ? divide(end - first - 1, warps) + 1 : 0, work.parts.count, p.head_dim_v,
-        [&](int i, int part) { return weight_of(part, row(i)); },
-        [&](int i, int part, int column) { return read(part, row(i), column); },
+        [&](int i, int part) { return weight_of(work, part, row(i)); },
+        [&](int i, int part, int column) { return sums_of(work, part, row(i), column); },
         [&](int i, PartWeight all) {
           const RowPlace place = place_of(a_, work, row(i));
           const long long row_of_out = row_in_tensor(work, place);
           MergedRow merged;
-          const float lse = finish(all, place.head, merged.share);
+          const float lse = Base::finish(all, place.head, merged.share);
           if (p.lse.data != nullptr) p.lse.at(slot, place.head, row_of_out) = lse;
           merged.out = p.out.at<unsigned short>(slot, row_of_out, place.head);
           return merged;
@@ -289,18 +285,20 @@ class ResultWriter {
     return min(min(before, a_.tile_rows), first_row() + rows);
   }
 
-  /// Columns of a row of out.
-  __device__ void store_columns(unsigned short* out, int column, float (&sums)[4], float value_factor) const {
-#pragma unroll
-    for (float& sum : sums) sum *= sum == 0 ? 1 : value_factor;
-    const unsigned words[2] = {pack<variant.types.out>(sums[0], sums[1]), pack<variant.types.out>(sums[2], sums[3])};
-    if (a_.wide_rows) {
-      *reinterpret_cast<uint2*>(out + column) = make_uint2(words[0], words[1]);
-      return;
+  /// When this block of threads has stored its parts of a tile, the whole of which others have parts of, too: whoever
+  /// is done last merges them, or another launch does.
+  __device__ void end_parts(const TileWork& work, float value_factor) const {
+    if constexpr (!variant.stream()) {
+      if (a_.parts.cut_tiles != nullptr && work.parts.count > work.parts.taken) {
+        if (work.parts.first == 0 && group() == 0 && thread() == 0) {
+          a_.parts.cut_tiles[work.parts.counter] = {work.sequence, work.unit,          work.first_query,
+                                                    work.used,     work.place.first_q, work.place.capacity,
+                                                    work.parts};
+        }
+        return;
+      }
     }
-    for (int i = 0; i < 4 && column + i < a_.problem.head_dim_v; ++i) {
-      out[column + i] = static_cast<unsigned short>(words[i / 2] >> i % 2 * 16);
-    }
+    if (are_all_done(work)) merge_parts(work, value_factor);
   }
 
   /// Merges what each warp of stream.h has seen into a part.
@@ -323,37 +321,6 @@ class ResultWriter {
     }
   }
 
-  /// The same of `count` parts whose row r has weight_of(part, r), and sums read(part, r, column), four at a time.
-  template <int at_once, typename WeightOf, typename Read>
-  __device__ void merge_to_out(const TileWork& work, int count, float value_factor, const WeightOf& weight_of,
-                               const Read& read) const {
-    const Problem& p = a_.problem;
-    const int slot = p.query_slot(work.sequence);
-#pragma unroll 1
-    for (int row = first_row() + thread() / 32; row < first_row() + rows; row += warps) {
-      const RowPlace place = place_of(a_, work, row);
-      if (place.query >= work.place.capacity) return;
-      const long long out_row = row_in_tensor(work, place);
-      if (place.query >= work.used) {
-        clear_row(p, slot, out_row, place.head, -infinity());
-        continue;
-      }
-      auto* const out = p.out.at<unsigned short>(slot, out_row, place.head);
-      float lse = 0;
-      merge_row<float4, true, at_once>(
-          count, p.head_dim_v, [&](int part) { return weight_of(part, row); },
-          [&](int part, int column) { return read(part, row, column); },
-          [&](PartWeight all) {
-            float share;
-            lse = finish(all, place.head, share);
-            return share;
-          },
-          [&](int column, float(&sums)[4]) { store_columns(out, column, sums, value_factor); });
-      if (p.lse.data != nullptr && first_lane()) p.lse.at(slot, place.head, out_row) = lse;
-    }
-  }
-
-  const ForwardArguments& a_;
   int consumer_;
   int* is_last_;
 };

@@ -89,7 +89,13 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
     if constexpr (variant.scaled()) {
       if (found && first_lane()) shared.scales[place.stage()] = scales_of<variant>(a, work);
     }
-    if (first_lane()) shared.work.full[place.again().stage()].arrive();
+    if (first_lane()) {
+      if (variant.splits && a.parts.cut_tiles != nullptr && place.is_first()) {
+        const Worker worker = this_worker<variant>(a);
+        a.parts.cut_tiles[worker.member * worker.workers + worker.number].parts.count = 0;
+      }
+      shared.work.full[place.again().stage()].arrive();
+    }
     if (!found) return;
   }
 }

@@ -530,8 +530,9 @@ class Adder : TransposedConsumer<variant> {
       await(values(), next_);
       clear_values(work_of(tile), n * keys);
       add_values(ptx::matrix_at(ptx::shared_address(&shared_.weights.tiles[place.stage()])), sums);
-      if (n < blocks.begin + variant.scorers()) add_weights(tile, place.stage(), weight);
-      shared_.rows.weights.empty[place.stage()].arrive();
+      const auto weights = place.again();  // found anew: it is not worth a register meanwhile
+      if (n < blocks.begin + variant.scorers()) add_weights(tile, weights.stage(), weight);
+      shared_.rows.weights.empty[weights.stage()].arrive();
       next_.advance();
     }
     results().template write_transposed<value_columns>(
