@@ -47,7 +47,11 @@ DECODE_E4M3 = [
 ]
 
 PROMPTS = [  # batch, queries, keys
+    (1, 16, 2048),
+    (1, 16, 16384),
     (1, 64, 2048),
+    (1, 64, 8192),
+    (1, 64, 32768),
     (1, 128, 128),
     (1, 256, 1024),
     (1, 512, 512),
@@ -66,6 +70,15 @@ PROMPTS = [  # batch, queries, keys
 
 LATENT = [(32, 16, 8192), (32, 128, 8192), (128, 16, 32768), (128, 64, 32768), (128, 128, 32768)]  # batch, heads, keys
 LATENT_DIM, ROPE_DIM = 512, 64
+LATENT_E4M3 = [  # batch, heads, queries, keys
+    (32, 16, 1, 8192),
+    (128, 16, 1, 32768),
+    (32, 16, 2, 8192),
+    (32, 16, 4, 8192),
+    (32, 128, 1, 8192),
+    (128, 64, 1, 32768),
+    (128, 128, 1, 32768),
+]
 
 
 def groups() -> list[Group]:
@@ -105,6 +118,14 @@ def groups() -> list[Group]:
             [latent(*sizes) for sizes in LATENT],
             "The floor is that of reading each key once.",
             alone_seconds,
+        ),
+        Group(
+            "latent-e4m3",
+            "The same over an e4m3 cache, in a row: one of 64 calls in a CUDA graph",
+            "µs",
+            [latent_e4m3(*sizes, query) for sizes in LATENT_E4M3 for query in (torch.bfloat16, E4M3)],
+            "Beside MATE over a bf16 cache of the same numbers. The floor is that of reading each key of e4m3 once.",
+            in_a_row_seconds,
         ),
         Group(
             "serving",
@@ -165,7 +186,7 @@ def copies(read_bytes: int) -> int:
     return min(LAYERS, max(16, -(-L2_BYTES // read_bytes)))
 
 
-def on_each(caches: Sequence[Tensor], call: Callable[[Tensor], Any]) -> Callable[[], Any]:
+def on_each(caches: Sequence[Any], call: Callable[[Any], Any]) -> Callable[[], Any]:
     """A call that takes the next cache each time."""
     turns = itertools.cycle(caches)
     return lambda: call(next(turns))
@@ -282,6 +303,42 @@ def latent(batch: int, heads: int, keys: int) -> Case:
         "type": "bf16",
         "batch": batch,
         "heads": heads,
+        "keys": keys,
+        "floor": floor(read_bytes),
+    }
+    return Case(labels, read_bytes, contenders)
+
+
+def latent_e4m3(batch: int, heads: int, queries: int, keys: int, query: torch.dtype) -> Case:
+    page_size = 64
+    read_bytes = batch * keys * (LATENT_DIM + ROPE_DIM)
+
+    def contenders() -> list[Contender]:
+        pages = batch * keys // page_size
+        shape = (pages, page_size, 1, LATENT_DIM + ROPE_DIM)
+        caches = [random_on_gpu(*shape, dtype=E4M3) for _ in range(-(-L2_BYTES // read_bytes))]
+        wide_caches = [cache.to(torch.bfloat16) for cache in caches]
+        q, qv = (random_on_gpu(batch, queries, heads, size, dtype=E4M3) for size in (ROPE_DIM, LATENT_DIM))
+        table = torch.randperm(pages, device="cuda").to(torch.int32).view(batch, -1)
+        options = {"cache_seqlens": int32([keys] * batch), "page_table": table, "causal": True}
+
+        def over(caches: Sequence[Tensor], query: torch.dtype) -> Callable[[], Any]:
+            of_query = {"q": q.to(query), "qv": qv.to(query), **options}
+            views = [cache.split((LATENT_DIM, ROPE_DIM), -1) for cache in caches]
+            return on_each(
+                views, lambda view: mate.flash_attn_with_kvcache(k_cache=view[1], v_cache=view[0], **of_query)
+            )
+
+        return [
+            Contender("MATE", over(caches, query)),
+            Contender("MATE, bf16 cache", over(wide_caches, torch.bfloat16), peer=True),
+        ]
+
+    labels: dict[str, object] = {
+        "type": "e4m3" if query is E4M3 else "bf16 over e4m3",
+        "batch": batch,
+        "heads": heads,
+        "queries": queries,
         "keys": keys,
         "floor": floor(read_bytes),
     }

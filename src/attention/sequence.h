@@ -51,21 +51,22 @@ struct KeyLayout {
 
 /// One sequence of the batch.
 struct Sequence {
-  Lengths lengths;      ///< appended keys included
-  int capacity = 0;     ///< query rows that it has, the first lengths.sq of which are used
-  int first_q = 0;      ///< row of q where it starts: in the whole tensor when ragged, else in its batch entry
-  int cache_row = 0;    ///< the batch entry of the cache, or the row of the page table; 0 when ragged
-  int first_k = 0;      ///< position of key 0 in the cache row, or row of the ragged tensor
-  int append_at = 0;    ///< position in the cache row of the first new key
-  int first_new = 0;    ///< row of the new keys where its own start
-  int new_keys = 0;     ///< keys that are appended
-  int rotary_base = 0;  ///< position, for the rotation, of the first new key
+  Lengths lengths;         ///< appended keys included
+  int query_capacity = 0;  ///< query rows that it has, the first lengths.sq of which are used
+  int first_q = 0;         ///< row of q where it starts: in the whole tensor when ragged, else in its batch entry
+  int cache_row = 0;       ///< the batch entry of the cache, or the row of the page table; 0 when ragged
+  int first_k = 0;         ///< position of key 0 in the cache row, or row of the ragged tensor
+  int append_at = 0;       ///< position in the cache row of the first new key
+  int first_new = 0;       ///< row of the new keys where its own start
+  int new_keys = 0;        ///< keys that are appended
+  int rotary_base = 0;     ///< position, for the rotation, of the first new key
 };
 
 /// Whether two sequences have the same queries and keys at the same places, whichever of the keys are new.
 constexpr bool is_same_place(const Sequence& a, const Sequence& b) {
   return a.lengths.sq == b.lengths.sq && a.lengths.sk == b.lengths.sk && a.lengths.total == b.lengths.total &&
-         a.capacity == b.capacity && a.first_q == b.first_q && a.cache_row == b.cache_row && a.first_k == b.first_k;
+         a.query_capacity == b.query_capacity && a.first_q == b.first_q && a.cache_row == b.cache_row &&
+         a.first_k == b.first_k;
 }
 
 /// Where a key's row stands: in which slot (batch entry or page), and which row of it.
@@ -103,7 +104,7 @@ constexpr Sequence locate_sequence(const QueryLayout& queries, const KeyLayout& 
   Sequence s;
   const QueryRows rows = query_rows(queries, b);
   s.first_q = rows.first;
-  s.capacity = rows.count;
+  s.query_capacity = rows.count;
   s.lengths.sq = used_queries(queries, b, rows.count);
 
   // A cache row that there is not holds no keys.

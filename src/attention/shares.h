@@ -180,7 +180,7 @@ struct TileParts {
   int first_slot = 0;  ///< of part 0
   int next_slot = 0;   ///< of part 1; from there on they are `step` apart
   int step = 1;
-  int counter = 0;  ///< of the parts that are done, where other workers have some
+  int counter = 0;  ///< of the parts that are done, where other workers have some: the index of the first part's worker
 
   constexpr int slot(int part) const { return part == 0 ? first_slot : next_slot + (part - 1) * step; }
 };

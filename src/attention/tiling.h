@@ -59,7 +59,7 @@ constexpr KeyRange keys_of_tile(const Tiling& tiling, const Mask& mask, const Le
 /// The blocks that hold these keys.
 constexpr BlockRange blocks_of_keys(const Tiling& tiling, KeyRange keys) {
   if (keys.empty()) return {};
-  return {keys.begin / tiling.block_keys, static_cast<int>(divide_up(keys.end, tiling.block_keys))};
+  return {divide(keys.begin, tiling.block_keys), divide(keys.end - 1, tiling.block_keys) + 1};
 }
 
 /// The blocks of keys that some row of a tile sees: no other block is read.

@@ -51,25 +51,30 @@ constexpr long long floor_divide(long long a, int b) {
   return -1 - static_cast<long long>(static_cast<unsigned>(-1 - a) / divisor);
 }
 
-/// The keys that `row` sees: always one range, since every rule bounds the key's position from below or above. Neither
-/// end ever decreases with the row.
+/// The keys that `row`, one of the sequence's, sees: always one range, since every rule bounds the key's position from
+/// below or above. Neither end ever decreases with the row.
 constexpr KeyRange visible_keys(const Mask& mask, const Lengths& lengths, int row) {
-  const long long p = static_cast<long long>(row) + lengths.total - lengths.sq;
-  long long begin = 0;
-  long long end = lengths.total;
-  if (mask.left >= 0 && p - mask.left > begin) begin = p - mask.left;
-  if (mask.right >= 0 && p + mask.right + 1 < end) end = p + mask.right + 1;
-  // What few calls need is in one place: where a GPU jumps over code, it waits for what comes behind.
+  // 32 bits hold all that is computed here. A GPU waits for each instruction that it executes for the first time: what
+  // few calls need is in one place, which the others jump over.
+  const int p = lengths.total - lengths.sq + row;
+  int begin = 0;
+  int end = lengths.total;
+  if (mask.left >= 0 && p > mask.left) begin = p - mask.left;
+  if (mask.right >= 0 && p < lengths.total - 1 - mask.right) end = p + mask.right + 1;
   if (mask.chunk > 0 || mask.cp_world > 1) {
+    long long first = begin;
+    long long behind = end;
     if (mask.chunk > 0) {
       const long long chunk_begin = floor_divide(p, mask.chunk) * mask.chunk;
-      if (chunk_begin > begin) begin = chunk_begin;
-      if (chunk_begin + mask.chunk < end) end = chunk_begin + mask.chunk;
+      if (chunk_begin > first) first = chunk_begin;
+      if (chunk_begin + mask.chunk < behind) behind = chunk_begin + mask.chunk;
     }
-    begin = floor_divide(begin - mask.cp_rank + mask.cp_world - 1, mask.cp_world);
-    end = floor_divide(end - mask.cp_rank + mask.cp_world - 1, mask.cp_world);
+    begin = clamp(floor_divide(first - mask.cp_rank + mask.cp_world - 1, mask.cp_world), 0, lengths.sk);
+    end = clamp(floor_divide(behind - mask.cp_rank + mask.cp_world - 1, mask.cp_world), 0, lengths.sk);
   }
-  return {clamp(begin, 0, lengths.sk), clamp(end, 0, lengths.sk)};
+  if (begin > lengths.sk) begin = lengths.sk;
+  if (end > lengths.sk) end = lengths.sk;
+  return {begin, end < 0 ? 0 : end};
 }
 
 constexpr int first_visible(const Mask& mask, const Lengths& lengths, int row) {

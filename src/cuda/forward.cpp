@@ -211,9 +211,26 @@ bool has_long_keys(const Problem& p) { return divide_up(most_keys(p), 128) > lon
 /// row is merged by a warp of its own.
 constexpr int many_parts = 8;
 
+/// Whether tiles are cut into so many parts if keys are shared out evenly.
+bool has_many_parts(const Problem& p, const ForwardVariant& variant, int workers) {
+  const std::int64_t tiles = std::max<std::int64_t>(most_tiles(p, variant, choose_pack(p, variant)), 1);
+  const std::int64_t parts = workers / tiles + 1;  // one of each worker that has some of a tile's keys
+  return std::min<std::int64_t>(parts, divide_up(most_keys(p), variant.block_keys)) >= many_parts;
+}
+
+/// Whether parts of tiles are merged by a launch of its own. It adds up weights in another order, so that it is not for
+/// batch-invariant calls, and its blocks would wait on multiprocessors that the call is to leave free.
+bool merges_apart(const Problem& p, const ForwardVariant& variant, Sequences which, int workers) {
+  if (!variant.may_merge_apart() || which != Sequences::all || p.batch_invariant || p.sm_margin > 0) return false;
+  if (p.num_splits == 0) return has_many_parts(p, variant, workers);
+  return std::min<std::int64_t>(p.num_splits, divide_up(most_keys(p), variant.block_keys)) >= many_parts;
+}
+
 /// Whether a call takes less time if keys are shared out among blocks of threads, so that all have as much to do, and
 /// parts of tiles are merged, than if they take whole tiles, those of a sequence with the most keys first.
-bool gains_by_sharing(const Problem& p, int multiprocessors) {
+/// `merges_apart` says by which launch that would be.
+template <typename MergesApart>
+bool gains_by_sharing(const Problem& p, int multiprocessors, const MergesApart& merges_apart) {
   constexpr float worth = 1.15F;     // keys may be fewer than there is room for, and what it saves with them
   constexpr float tiles_enough = 8;  // of each multiprocessor, whatever their keys are
   const Tiling tiling{128, 128, p.group()};
@@ -232,19 +249,22 @@ bool gains_by_sharing(const Problem& p, int multiprocessors) {
   if (!are_alike(p)) return most > long_blocks && tiles < tiles_enough;
   const float shared = tiles * (most + least) / 2;
   const float whole = std::max(most, std::min(std::ceil(tiles) * most, shared + least));
-  const bool apart = tiles * (many_parts - 1) <= 1;
-  const float merging = apart ? long_blocks : 2 * long_blocks;  // blocks of keys that could be multiplied meanwhile
-  return whole > worth * shared + merging;
+  // Of blocks of keys that could be multiplied meanwhile.
+  constexpr float merging = 2 * long_blocks;
+  constexpr float merging_apart = long_blocks;
+  const float saved = whole - worth * shared;
+  return saved > merging || (saved > merging_apart && merges_apart());
 }
 
 /// Whether keys are shared out among blocks of threads: where the call says so, and where that takes less time.
-bool shares_keys(const Problem& p, int multiprocessors) {
+template <typename MergesApart>
+bool shares_keys(const Problem& p, int multiprocessors, const MergesApart& merges_apart) {
   if (has_few_rows(p)) return true;
   if (p.num_splits != 0) return p.num_splits > 1;
   // Prompts need the matrix units, decoded tokens memory: even shares of both, at the same time, take less time than
   // one after the other.
   if (is_mixed(p)) return has_long_keys(p);
-  return gains_by_sharing(p, multiprocessors);
+  return gains_by_sharing(p, multiprocessors, merges_apart);
 }
 
 /// How many tiles of each unit of a sequence are taken at the same time, since they need much the same keys: where all
@@ -331,7 +351,11 @@ VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequence
   } else if (served.which == Sequences::prefills) {
     choice.splits = !takes_whole_tiles(p, multiprocessors);
   } else {
-    choice.splits = shares_keys(p, multiprocessors);
+    choice.splits = shares_keys(p, multiprocessors, [&] {
+      VariantChoice cut = choice;
+      cut.splits = true;
+      return merges_apart(p, choose_variant(cut), served.which, multiprocessors);
+    });
   }
   return choice;
 }
@@ -402,21 +426,6 @@ struct PreparedForward {
   }
 };
 
-/// Whether parts of tiles are merged by a launch of its own. It adds up weights in another order, so that it is not for
-/// batch-invariant calls.
-bool merges_apart(const ForwardVariant& variant, const ForwardArguments& arguments, std::int64_t tiles, int workers) {
-  if (variant.stream() || arguments.served.which != Sequences::all || arguments.parts.sums == nullptr) return false;
-  switch (arguments.cut.kind) {
-    case Cut::Kind::even:
-      return tiles * (many_parts - 1) <= workers;
-    case Cut::Kind::counted:
-      return arguments.cut.size >= many_parts;
-    case Cut::Kind::aligned:
-      return false;
-  }
-  return false;
-}
-
 /// `counters` are those of the launch.
 PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scratch& scratch, int* counters,
                         const ServedSequences& served = {}) {
@@ -479,14 +488,15 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
       {.grid = {static_cast<unsigned>(blocks)}, .block = {static_cast<unsigned>(variant.threads())}, .stream = queue},
       arguments,
       !variant.splits};
-  if (variant.splits && merges_apart(variant, arguments, tiles, blocks)) {
+  if (arguments.parts.sums != nullptr && merges_apart(p, variant, served.which, blocks)) {
     prepared.arguments.parts.cut_tiles = scratch.take<CutTile>(blocks);
     prepared.merge = merge_kernels().load(gpu, static_cast<std::uint64_t>(variant.types.out),
                                           [&] { return merge_parts_source(variant.types.out); });
-    prepared.merge_shape = {.grid = {static_cast<unsigned>(blocks),
-                                     static_cast<unsigned>(divide_up(arguments.tile_rows, merge_threads / 32))},
-                            .block = {merge_threads},
-                            .stream = queue};
+    constexpr std::int64_t most_blocks_of_tile = 16;
+    const auto blocks_of_tile = static_cast<unsigned>(
+        std::min<std::int64_t>(divide_up(arguments.tile_rows, merge_threads / 32), most_blocks_of_tile));
+    prepared.merge_shape = {
+        .grid = {static_cast<unsigned>(blocks), blocks_of_tile}, .block = {merge_threads}, .stream = queue};
   }
   return prepared;
 }

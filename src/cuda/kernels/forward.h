@@ -192,7 +192,7 @@ class ForwardConsumer : Consumer<variant> {
   /// Whether a tile has no rows for this consumer: decoding, in a batch that is not all decoding.
   __device__ bool is_idle(TilePlace tile) const {
     if (variant.warpgroups == 1 || group_ == 0) return false;
-    return place_of(a_, work_of(tile), group_ * 64).query >= work_of(tile).place.capacity;
+    return place_of(a_, work_of(tile), group_ * 64).query >= work_of(tile).place.query_capacity;
   }
 
   /// Lets the others have the blocks of a tile. It keeps in turn with them, or it would release buffers before their

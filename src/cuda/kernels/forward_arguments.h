@@ -13,8 +13,8 @@ struct CutTile {
   int unit;
   int first_query;
   int used;
-  int first_q;  ///< of the sequence, and how many query rows it has
-  int capacity;
+  int first_q;  ///< see Sequence
+  int query_capacity;
   TileParts parts;  ///< count is 0 where there is no tile
 };
 
@@ -28,7 +28,7 @@ struct PartialResults {
   int rows = 0;
   int columns = 0;        ///< of sums
   int slots_of_tile = 0;  ///< where each tile has its own, since it is cut into parts of its own
-  /// Of each block of threads the tile whose first part it has, but not all parts: where another launch merges them.
+  /// Where another launch merges them, of each worker (Worker::index) the tile whose first part it has, but not all.
   CutTile* cut_tiles = nullptr;
 };
 

@@ -165,14 +165,14 @@ class ForwardLoader {
     if (first_lane() && (!variant.gather || threadIdx.x < 64)) {
       const Problem& p = a_.problem;
       const Worker worker = this_worker<variant>(a_);
-      int first_slot = worker.member * static_cast<int>(slots_of(worker.workers));
+      int first_slot = static_cast<int>(slots_of(worker.first_index()));
       if (a_.cut.parts_are_grains()) {
         const int tile = tile_number(variant.tiling(a_.pack), variant.one_tile(), p.ragged_queries(), p.queries.rows,
                                      work.sequence, work.place.first_q, work.tile);
         first_slot = (tile * a_.units + work.unit) * a_.parts.slots_of_tile;
       }
       work.parts = parts_of(a_.cut, work.shares, work.steps, work.cut, worker.number, work.blocks, first_slot);
-      work.parts.counter += worker.member * worker.workers;
+      work.parts.counter += worker.first_index();
     }
   }
 
@@ -181,7 +181,7 @@ class ForwardLoader {
   __device__ ptx::CachePolicy policy_for(const TileWork& work) const {
     if constexpr (!variant.splits) return ptx::CachePolicy::evict_normal;
     if constexpr (variant.one_tile()) return policy_;
-    return ptx::policy_of(work.place.capacity * a_.pack <= a_.tile_rows);
+    return ptx::policy_of(work.place.query_capacity * a_.pack <= a_.tile_rows);
   }
 
   /// Has the copy engine fetch columns of a box of keys or values: all chunks by one order, or chunk by chunk. For

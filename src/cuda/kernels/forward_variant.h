@@ -63,6 +63,8 @@ struct ForwardVariant {
   /// Whether the query rows that any served sequence uses, of a unit of heads, are one tile: decoding. Rows of out past
   /// it are cleared.
   constexpr bool one_tile() const { return stream() || (!wide && warpgroups == 1); }
+  /// Whether another launch may merge parts of tiles: few rows are merged as soon as all of them are there.
+  constexpr bool may_merge_apart() const { return splits && !stream(); }
   /// Whether consumers score the next block while they multiply the values of this one (forward.h).
   constexpr bool scores_ahead() const { return !wide && !stream(); }
   /// Parts of a tile, of 64 rows each, that consumers are done with at times of their own.

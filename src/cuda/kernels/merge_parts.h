@@ -7,30 +7,34 @@
 
 namespace mate::cuda {
 
-/// Blocks of merge_threads, with a row for each warp: grid.x is that of the launch before, grid.y shares out the rows
-/// of a tile.
+/// Blocks of merge_threads, each warp of which merges some rows: grid.x is that of the launch before, grid.y blocks
+/// share out the rows of a tile.
 template <ElementType out_type>
 __device__ inline void merge_parts(const ForwardArguments& a) {
-  constexpr int warps = merge_threads / 32;
-  const int row = static_cast<int>(blockIdx.y) * warps + static_cast<int>(threadIdx.x / 32);
   ptx::begin_overlapped();
   const CutTile& tile = a.parts.cut_tiles[blockIdx.x];
   TileWork work;
+  work.parts.count = __ldcg(&tile.parts.count);
+  if (work.parts.count == 0) return;
   work.sequence = __ldcg(&tile.sequence);
   work.unit = __ldcg(&tile.unit);
   work.first_query = __ldcg(&tile.first_query);
   work.used = __ldcg(&tile.used);
   work.place.first_q = __ldcg(&tile.first_q);
-  work.place.capacity = __ldcg(&tile.capacity);
-  work.parts.count = __ldcg(&tile.parts.count);
+  work.place.query_capacity = __ldcg(&tile.query_capacity);
   work.parts.first_slot = __ldcg(&tile.parts.first_slot);
   work.parts.next_slot = __ldcg(&tile.parts.next_slot);
   work.parts.step = __ldcg(&tile.parts.step);
-  if (work.parts.count == 0 || row >= a.tile_rows) return;
   const Problem& p = a.problem;
   const bool scaled = p.v.type == ElementType::float8_e4m3;
   const float value_factor = scaled ? p.v_descale.at(work.sequence, divide(work.unit, a.units_of_key_head)) : 1;
-  PartMerger<out_type>(a).template merge_row_of<most_at_once>(work, row, value_factor);
+  constexpr int warps = merge_threads / 32;
+  const int all_warps = static_cast<int>(gridDim.y) * warps;
+#pragma unroll 1
+  for (int row = static_cast<int>(blockIdx.y) * warps + static_cast<int>(threadIdx.x / 32); row < a.tile_rows;
+       row += all_warps) {
+    PartMerger<out_type>(a).template merge_row_of<most_at_once>(work, row, value_factor);
+  }
 }
 
 }  // namespace mate::cuda

@@ -8,8 +8,8 @@
 
 namespace mate::cuda {
 
-/// `out_type` is that of out.
-template <ElementType out_type>
+/// `out_type` is that of out. Rows of sums have `columns` columns, or as many as the arguments say.
+template <ElementType out_type, int columns = 0>
 class PartMerger {
  public:
   __device__ explicit PartMerger(const ForwardArguments& arguments) : a_(arguments) {}
@@ -23,7 +23,7 @@ class PartMerger {
     const Problem& p = a_.problem;
     const int slot = p.query_slot(work.sequence);
     const RowPlace place = place_of(a_, work, row);
-    if (place.query >= work.place.capacity) return false;
+    if (place.query >= work.place.query_capacity) return false;
     const long long out_row = row_in_tensor(work, place);
     if (place.query >= work.used) {
       clear_row(p, slot, out_row, place.head, -infinity());
@@ -56,7 +56,9 @@ class PartMerger {
   __device__ long long partial_row(const TileWork& work, int part, int row) const {
     return static_cast<long long>(work.parts.slot(part)) * a_.parts.rows + row;
   }
-  __device__ float* sums_of_part(long long row) const { return a_.parts.sums + row * a_.parts.columns; }
+  __device__ float* sums_of_part(long long row) const {
+    return a_.parts.sums + row * (columns > 0 ? columns : a_.parts.columns);
+  }
   /// The exponent that they are relative to, and their sum.
   __device__ float2* weight_of_part(long long row) const { return reinterpret_cast<float2*>(a_.parts.weights) + row; }
 

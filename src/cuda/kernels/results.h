@@ -1,5 +1,5 @@
 // What becomes of a tile's sums: rows of out and their log-sum-exp, or a part of them, merged with the others by
-// whoever is done last.
+// whoever is done last, or by another launch (merge_parts.h).
 #pragma once
 
 #include "forward_variant.h"
@@ -16,14 +16,14 @@ inline constexpr int first_row_group_barrier = 4;
 
 /// Used by all threads of the consumers of some rows together, each of which has sums of columns of its own.
 template <ForwardVariant variant>
-class ResultWriter : PartMerger<variant.types.out> {
+class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
  public:
   static constexpr int columns = variant.consumer_columns();
   using Sums = float (&)[columns / 2];
 
   /// Of consumer `consumer`. `is_last` is in shared memory, and has room for each group of rows.
   __device__ ResultWriter(const ForwardArguments& arguments, int consumer, int* is_last)
-      : PartMerger<variant.types.out>(arguments), consumer_(consumer), is_last_(is_last) {}
+      : PartMerger<variant.types.out, variant.head_dim_v>(arguments), consumer_(consumer), is_last_(is_last) {}
 
   /// Of a tile, or the part of it that begins with block `begin`, whose keys have all been seen: the last of the parts
   /// that this block of threads takes comes first. Sums of values are multiplied by `value_factor`.
@@ -45,7 +45,7 @@ class ResultWriter : PartMerger<variant.types.out> {
     finish(softmax, place, work.used, shares, lses);
     const int slot = p.query_slot(work.sequence);
     const long long row = row_in_tensor(work, place);
-    const bool exists = place.query < work.place.capacity;
+    const bool exists = place.query < work.place.query_capacity;
     unsigned short* out = p.out.at<unsigned short>(slot, row, place.head) + first_column();
     if (!exists) out = nullptr;
     unsigned short* outs[rows_of_thread];
@@ -66,8 +66,8 @@ class ResultWriter : PartMerger<variant.types.out> {
     }
   }
 
-  /// The same of a tile of which each warp of stream.h has seen some of the keys: the sums of row
-  /// r are read(warp, r, column), four at a time, and have weight_of(warp, r).
+  /// The same of a tile of which each warp of stream.h has seen some of the keys: the sums of row r are
+  /// read(warp, r, column), four at a time, and have weight_of(warp, r).
   template <typename WeightOf, typename Read>
   __device__ void write_merged(const TileWork& work, int begin, float value_factor, const WeightOf& weight_of,
                                const Read& read) const {
@@ -134,7 +134,7 @@ class ResultWriter : PartMerger<variant.types.out> {
   __device__ int first_column() const { return variant.wide ? consumer_ * columns : 0; }
 
  private:
-  using Base = PartMerger<variant.types.out>;
+  using Base = PartMerger<variant.types.out, variant.head_dim_v>;
   using Base::a_;
   using Base::partial_row;
   using Base::store_columns;
@@ -188,7 +188,7 @@ class ResultWriter : PartMerger<variant.types.out> {
       const long long at = partial_row(work, work.part_at(a_.cut, begin), row);
       *weight_of_part(at) = make_float2(weight.max, weight.sum);
       target.row = sums_of_part(at);
-    } else if (place.query < work.place.capacity) {
+    } else if (place.query < work.place.query_capacity) {
       const int slot = p.query_slot(work.sequence);
       const long long row_of_out = row_in_tensor(work, place);
       const float lse = computed ? Base::finish(weight, place.head, target.share) : -infinity();
@@ -271,7 +271,7 @@ class ResultWriter : PartMerger<variant.types.out> {
           return merged;
         },
         [&](unsigned short* out, int column, float(&sums)[4]) { store_columns(out, column, sums, value_factor); });
-    const int existing = end_of_rows(work, work.place.capacity);
+    const int existing = end_of_rows(work, work.place.query_capacity);
 #pragma unroll 1
     for (int i = max(end, first_row()) + warp; i < existing; i += warps) {
       const RowPlace place = place_of(a_, work, i);
@@ -285,14 +285,14 @@ class ResultWriter : PartMerger<variant.types.out> {
     return min(min(before, a_.tile_rows), first_row() + rows);
   }
 
-  /// When this block of threads has stored its parts of a tile, the whole of which others have parts of, too: whoever
-  /// is done last merges them, or another launch does.
+  /// When this block of threads has stored its parts of a tile. If others have parts of it too, another launch merges
+  /// them, or whoever is done last; else this block does.
   __device__ void end_parts(const TileWork& work, float value_factor) const {
-    if constexpr (!variant.stream()) {
+    if constexpr (variant.may_merge_apart()) {
       if (a_.parts.cut_tiles != nullptr && work.parts.count > work.parts.taken) {
         if (work.parts.first == 0 && group() == 0 && thread() == 0) {
           a_.parts.cut_tiles[work.parts.counter] = {work.sequence, work.unit,          work.first_query,
-                                                    work.used,     work.place.first_q, work.place.capacity,
+                                                    work.used,     work.place.first_q, work.place.query_capacity,
                                                     work.parts};
         }
         return;

@@ -90,9 +90,9 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
       if (found && first_lane()) shared.scales[place.stage()] = scales_of<variant>(a, work);
     }
     if (first_lane()) {
-      if (variant.splits && a.parts.cut_tiles != nullptr && place.is_first()) {
-        const Worker worker = this_worker<variant>(a);
-        a.parts.cut_tiles[worker.member * worker.workers + worker.number].parts.count = 0;
+      // None, unless a consumer will say that there is one.
+      if (variant.may_merge_apart() && a.parts.cut_tiles != nullptr && place.is_first()) {
+        a.parts.cut_tiles[this_worker<variant>(a).index()].parts.count = 0;
       }
       shared.work.full[place.again().stage()].arrive();
     }

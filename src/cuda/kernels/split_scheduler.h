@@ -30,7 +30,7 @@ class StepCounter : public TileFinder<variant> {
 
   /// Of a tile that needs these blocks of keys.
   __device__ int steps_of(const Sequence& place, int tile, BlockRange blocks) const {
-    return TileCut({}, blocks, blocks_of_step(place.capacity, tile)).steps();
+    return TileCut({}, blocks, blocks_of_step(place.query_capacity, tile)).steps();
   }
 
   __device__ TileCut cut_of(const Sequence& place, int tile, BlockRange blocks) const {
@@ -40,7 +40,7 @@ class StepCounter : public TileFinder<variant> {
       aligned =
           AlignedCut(place.lengths, {p.group(), p.heads_k, p.head_dim, p.head_dim_v, variant.block_keys}).distance();
     }
-    return {a_.cut, blocks, blocks_of_step(place.capacity, tile), aligned};
+    return {a_.cut, blocks, blocks_of_step(place.query_capacity, tile), aligned};
   }
 
   __device__ int steps_of_tile(const Sequence& place, int tile) const {
@@ -61,7 +61,7 @@ class StepCounter : public TileFinder<variant> {
     if (b < problem().batch) {
       count.place = problem().sequence(b);
       if (serves(a_, count.place.lengths.sq)) {
-        count.tiles = worker_.tiles_of(this->tiles_of_capacity(count.place.capacity));
+        count.tiles = worker_.tiles_of(this->tiles_of_capacity(count.place.query_capacity));
       }
     }
     if constexpr (variant.one_tile()) {
@@ -80,7 +80,7 @@ class StepCounter : public TileFinder<variant> {
     theirs.tiles = of(count.tiles);
     theirs.steps = of(count.steps);
     theirs.place.lengths = {of(count.place.lengths.sq), of(count.place.lengths.sk), of(count.place.lengths.total)};
-    theirs.place.capacity = of(count.place.capacity);
+    theirs.place.query_capacity = of(count.place.query_capacity);
     theirs.place.first_q = of(count.place.first_q);
     theirs.place.cache_row = of(count.place.cache_row);
     theirs.place.first_k = of(count.place.first_k);

@@ -54,7 +54,7 @@ __device__ inline void clear_tile(const ForwardArguments& a, const TileWork& wor
   for (int row = 0; row < a.tile_rows; ++row) {
     ptx::forget_shared_memory();
     const RowPlace place = place_of(a, work, row);
-    if (place.query >= work.place.capacity) return;
+    if (place.query >= work.place.query_capacity) return;
     clear_row(p, p.query_slot(work.sequence), row_in_tensor(work, place), place.head,
               place.query < work.used ? sink_of(p, place.head) : -infinity());
   }
@@ -92,7 +92,7 @@ __device__ void clear_rows_of_no_tile(const ForwardArguments& a) {
 #pragma unroll 1
       for (unsigned longer = __ballot_sync(~0U, capacity > in_tile); longer != 0; longer &= longer - 1) {
         const int source = __ffs(longer) - 1;
-        const int first_row = p.ragged_queries() ? clamp(p.queries.cu_seqlens[first + source], 0, p.queries.rows) : 0;
+        const int first_row = query_rows(p.queries, first + source).first;
         const int count = __shfl_sync(~0U, capacity, source);
 #pragma unroll 1
         for (int i = in_tile + of_run.number; i < count; i += of_run.count) {

@@ -95,7 +95,7 @@ class TileScheduler : TileFinder<variant> {
   __device__ void choose_tile(TileWork& work) const {
     const int heads = problem().heads_k;
     const int sk = work.place.lengths.sk;
-    const int tiles = this->tiles_of_capacity(work.place.capacity);
+    const int tiles = this->tiles_of_capacity(work.place.query_capacity);
     int first_unit = 0;
     int width = units();
     if (static_cast<long long>(sk) * heads > a_.keys_in_l2) {

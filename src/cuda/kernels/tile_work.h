@@ -48,6 +48,10 @@ struct Worker {
   int number = 0;   ///< among workers
   int workers = 1;  ///< of the same member's steps
 
+  /// Among the workers of all members.
+  __device__ int index() const { return first_index() + number; }
+  /// That of its member's first worker.
+  __device__ int first_index() const { return member * workers; }
   /// Of `tiles` tiles, how many are this member's.
   __device__ int tiles_of(int tiles) const {
     return team == 1 ? tiles : tiles > member ? divide(tiles - member - 1, team) + 1 : 0;
@@ -114,7 +118,7 @@ class TileFinder {
     const int used = work.used;
     const TileRows rows = rows_of_tile(tiling(), used, work.tile);
     const int first_query = query_of_row(rows.first);
-    const int last_query = query_of_row(rows.last);
+    const int last_query = rows.count() > 0 ? query_of_row(rows.last) : 0;
     const int lane = threadIdx.x % 32;
     const int row = lane == 0 ? first_query : lane == 1 ? last_query : lane == 2 ? 0 : used - 1;
     const KeyRange seen = visible_keys(problem().mask, work.place.lengths, row);
