@@ -33,10 +33,11 @@ struct Cell {
 
 /// What is expected of one sequence.
 struct ExpectedSequence {
-  std::vector<int> query_rows;
-  std::vector<Cell> keys;     // appended ones included
-  std::vector<int> new_rows;  // rows of the new keys, the last of `keys`
-  int capacity = 0;
+  int query_capacity = 0;
+  std::vector<int> query_rows;  // those that are used
+  std::vector<Cell> keys;       // appended ones included
+  std::vector<int> new_rows;    // rows of the new keys, the last of `keys`
+  int key_capacity = 0;
   int total = 0;
   int rotary_base = 0;
 };
@@ -114,6 +115,7 @@ class Batch {
       queries.rows = static_cast<int>(random_.integer(0, 5));
       lengths.assign(sequences.size(), queries.rows);
     }
+    for (std::size_t b = 0; b < sequences.size(); ++b) sequences[b].query_capacity = lengths[b];
     if (random_.chance(0.5)) {
       for (int& length : lengths) length = static_cast<int>(random_.integer(0, length));
       queries.seqused = hold(lengths);
@@ -181,7 +183,7 @@ class Batch {
       keys.leftpad = hold(leftpad);
     }
     for (int b = 0; b < batch; ++b) {
-      sequences[b].capacity = static_cast<int>(cells[b].size());
+      sequences[b].key_capacity = static_cast<int>(cells[b].size());
       sequences[b].rotary_base = keys.appends ? used[b] : 0;
     }
     std::vector<int> added(batch, 0);
@@ -195,10 +197,10 @@ class Batch {
     const int batch = static_cast<int>(sequences.size());
     std::vector<int> starts(batch, 0);
     int room = INT_MAX;
-    for (int b = 0; b < batch; ++b) room = std::min(room, sequences[b].capacity - used[b]);
+    for (int b = 0; b < batch; ++b) room = std::min(room, sequences[b].key_capacity - used[b]);
     if (random_.chance(0.5)) {
       for (int b = 0; b < batch; ++b) {
-        added[b] = static_cast<int>(random_.integer(0, std::min(4, sequences[b].capacity - used[b])));
+        added[b] = static_cast<int>(random_.integer(0, std::min(4, sequences[b].key_capacity - used[b])));
       }
       starts = offsets_of(added, keys.new_rows);
       keys.cu_seqlens_new = hold(starts);
@@ -244,10 +246,11 @@ TEST_P(SequencesOf, LieWhereTheirLengthsSay) {
       SCOPED_TRACE(b);
       const ExpectedSequence& expected = batch.sequences[b];
       const Sequence s = locate_sequence(batch.queries, batch.keys, batch.mask, b);
+      EXPECT_EQ(s.query_capacity, expected.query_capacity);
       ASSERT_EQ(s.lengths.sq, static_cast<int>(expected.query_rows.size()));
       for (int i = 0; i < s.lengths.sq; ++i) EXPECT_EQ(s.first_q + i, expected.query_rows[i]);
 
-      EXPECT_EQ(key_capacity(batch.keys, b), expected.capacity);
+      EXPECT_EQ(key_capacity(batch.keys, b), expected.key_capacity);
       ASSERT_EQ(s.lengths.sk, static_cast<int>(expected.keys.size()));
       EXPECT_EQ(s.lengths.total, expected.total);
       for (int j = 0; j < s.lengths.sk; ++j) {
