@@ -181,9 +181,14 @@ def floor(read_bytes: int) -> str:
     return f"{read_bytes / MEMORY_BANDWIDTH * 1e6:.1f}"
 
 
-def copies(read_bytes: int) -> int:
+def copies(read_bytes: int, fewest: int = 16) -> int:
     """How many caches, each of which a call reads, are too many for an L2 cache."""
-    return min(LAYERS, max(16, -(-L2_BYTES // read_bytes)))
+    return min(LAYERS, max(fewest, -(-L2_BYTES // read_bytes)))
+
+
+def shuffled_pages(batch: int, keys: int, page_size: int) -> Tensor:
+    """A table of so many pages that lie in random order."""
+    return torch.randperm(batch * keys // page_size, device="cuda").to(torch.int32).view(batch, -1)
 
 
 def on_each(caches: Sequence[Any], call: Callable[[Any], Any]) -> Callable[[], Any]:
@@ -201,7 +206,7 @@ def decode(batch: int, heads: tuple[int, int], keys: int, page_size: int) -> Cas
         count = copies(cache_bytes(lengths, heads_k))
         caches = [random_on_gpu(pages, 2, page_size, heads_k, HEAD_DIM) for _ in range(count)]
         q, used = random_on_gpu(batch, 1, heads_q, HEAD_DIM), int32(lengths)
-        table = torch.randperm(pages, device="cuda").to(torch.int32).view(batch, -1)
+        table = shuffled_pages(batch, keys, page_size)
         call = functools.partial(mate.flash_attn_with_kvcache, q, cache_seqlens=used, page_table=table, causal=True)
 
         def over(**options: Any) -> Callable[[], Any]:
@@ -245,7 +250,7 @@ def decode_e4m3(batch: int, heads: tuple[int, int], keys: int, page_size: int, q
         caches = [random_on_gpu(*shape, dtype=E4M3) for _ in range(copies(read_bytes))]
         q, used = random_on_gpu(batch, 1, heads_q, HEAD_DIM, dtype=E4M3), int32([keys] * batch)
         wide_q = q.to(torch.bfloat16)
-        table = torch.randperm(pages, device="cuda").to(torch.int32).view(batch, -1)
+        table = shuffled_pages(batch, keys, page_size)
         call = functools.partial(
             mate.flash_attn_with_kvcache, q.to(query), cache_seqlens=used, page_table=table, causal=True
         )
@@ -286,7 +291,7 @@ def latent(batch: int, heads: int, keys: int) -> Case:
         latents, ropes = cache.split((LATENT_DIM, ROPE_DIM), -1)
         q, qv = (random_on_gpu(batch, 1, heads, size) for size in (ROPE_DIM, LATENT_DIM))
         used = int32([keys] * batch)
-        table = torch.randperm(pages, device="cuda").to(torch.int32).view(batch, -1)
+        table = shuffled_pages(batch, keys, page_size)
         options = {"qv": qv, "cache_seqlens": used, "page_table": table, "causal": True}
         entrants = [Contender("MATE", lambda: mate.flash_attn_with_kvcache(q, ropes, latents, **options))]
         if (fa3 := flash_attention_3()) is not None:
@@ -316,10 +321,10 @@ def latent_e4m3(batch: int, heads: int, queries: int, keys: int, query: torch.dt
     def contenders() -> list[Contender]:
         pages = batch * keys // page_size
         shape = (pages, page_size, 1, LATENT_DIM + ROPE_DIM)
-        caches = [random_on_gpu(*shape, dtype=E4M3) for _ in range(-(-L2_BYTES // read_bytes))]
+        caches = [random_on_gpu(*shape, dtype=E4M3) for _ in range(copies(read_bytes, fewest=1))]
         wide_caches = [cache.to(torch.bfloat16) for cache in caches]
         q, qv = (random_on_gpu(batch, queries, heads, size, dtype=E4M3) for size in (ROPE_DIM, LATENT_DIM))
-        table = torch.randperm(pages, device="cuda").to(torch.int32).view(batch, -1)
+        table = shuffled_pages(batch, keys, page_size)
         options = {"cache_seqlens": int32([keys] * batch), "page_table": table, "causal": True}
 
         def over(caches: Sequence[Tensor], query: torch.dtype) -> Callable[[], Any]:

@@ -54,8 +54,8 @@ constexpr long long floor_divide(long long a, int b) {
 /// The keys that `row`, one of the sequence's, sees: always one range, since every rule bounds the key's position from
 /// below or above. Neither end ever decreases with the row.
 constexpr KeyRange visible_keys(const Mask& mask, const Lengths& lengths, int row) {
-  // 32 bits hold all that is computed here. A GPU waits for each instruction that it executes for the first time: what
-  // few calls need is in one place, which the others jump over.
+  // A GPU waits for each instruction that it executes for the first time: what few calls need is in one place, which
+  // the others jump over, and 32 bits hold all else.
   const int p = lengths.total - lengths.sq + row;
   int begin = 0;
   int end = lengths.total;

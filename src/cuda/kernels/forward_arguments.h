@@ -15,7 +15,8 @@ struct CutTile {
   int used;
   int first_q;  ///< see Sequence
   int query_capacity;
-  TileParts parts;  ///< count is 0 where there is no tile
+  float value_factor;  ///< multiplies sums of values
+  TileParts parts;     ///< count is 0 where there is no tile
 };
 
 /// Threads of a block of the kernel that merges parts.

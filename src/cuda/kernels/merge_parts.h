@@ -25,9 +25,7 @@ __device__ inline void merge_parts(const ForwardArguments& a) {
   work.parts.first_slot = __ldcg(&tile.parts.first_slot);
   work.parts.next_slot = __ldcg(&tile.parts.next_slot);
   work.parts.step = __ldcg(&tile.parts.step);
-  const Problem& p = a.problem;
-  const bool scaled = p.v.type == ElementType::float8_e4m3;
-  const float value_factor = scaled ? p.v_descale.at(work.sequence, divide(work.unit, a.units_of_key_head)) : 1;
+  const float value_factor = __ldcg(&tile.value_factor);
   constexpr int warps = merge_threads / 32;
   const int all_warps = static_cast<int>(gridDim.y) * warps;
 #pragma unroll 1

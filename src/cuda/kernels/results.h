@@ -293,7 +293,7 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
         if (work.parts.first == 0 && group() == 0 && thread() == 0) {
           a_.parts.cut_tiles[work.parts.counter] = {work.sequence, work.unit,          work.first_query,
                                                     work.used,     work.place.first_q, work.place.query_capacity,
-                                                    work.parts};
+                                                    value_factor,  work.parts};
         }
         return;
       }
