@@ -39,7 +39,7 @@ struct KeyLayout {
   const int* page_table = nullptr;  ///< (page_rows, max_pages): paged
   long long page_table_stride = 0;
   int page_rows = 0;
-  int max_pages = 0;
+  int table_capacity = 0;  ///< keys that a row of it has room for
   bool appends = false;
   int new_rows = 0;          ///< new keys of one sequence; of all together when packed
   IntVector cu_seqlens_new;  ///< (b + 1,): new keys are packed
@@ -93,7 +93,7 @@ constexpr int used_queries(const QueryLayout& queries, int b, int capacity) {
 
 /// How many keys a sequence has room for.
 constexpr int key_capacity(const KeyLayout& keys, int b) {
-  if (keys.paged()) return clamp(static_cast<long long>(keys.max_pages) * keys.rows, 0, max_length);
+  if (keys.paged()) return keys.table_capacity;
   if (!keys.cu_seqlens.given()) return keys.rows;
   const int begin = clamp(keys.cu_seqlens[b], 0, keys.rows);
   return clamp(static_cast<long long>(keys.cu_seqlens[b + 1]) - begin, 0, keys.rows - begin);

@@ -69,6 +69,7 @@ bool encode(TensorMap& map, const Rows& rows, int columns, std::span<const Dimen
 
 /// Describes the tensors to the copy engine. False where it cannot read one of them.
 bool encode_maps(const Problem& p, const ForwardVariant& variant, ForwardArguments& arguments) {
+  TensorMaps& maps = arguments.maps;
   const int pack = arguments.pack;
   // Reading 256 bytes where 128 are asked for saves tiles of prompts a few percent. Decoding took 2 to 7 % longer by it
   // over bfloat16, and up to 38 % over e4m3 of 128 columns, whose neighbours are other heads'.
@@ -82,8 +83,8 @@ bool encode_maps(const Problem& p, const ForwardVariant& variant, ForwardArgumen
     return encode(map, rows, head_dim, dimensions, promotion);
   };
   if (!variant.widens_queries()) {  // else they fetch them
-    if (!encode_queries(arguments.q, p.q, p.head_dim)) return false;
-    if (p.qv.given() && !encode_queries(arguments.qv, p.qv, p.head_dim_v)) return false;
+    if (!encode_queries(maps.q, p.q, p.head_dim)) return false;
+    if (p.qv.given() && !encode_queries(maps.qv, p.qv, p.head_dim_v)) return false;
   }
   if (p.keys.rows == 0 || p.keys.slots == 0) return true;  // nothing will be read
   const auto encode_keys = [&](TensorMap& map, const Rows& rows, int head_dim, int columns_of_box, bool& all_chunks) {
@@ -101,8 +102,8 @@ bool encode_maps(const Problem& p, const ForwardVariant& variant, ForwardArgumen
     }
     return encode(map, rows, head_dim, std::array{of_heads, of_rows, of_slots}, promotion);
   };
-  return encode_keys(arguments.k, p.k, p.head_dim, variant.head_dim, arguments.all_chunks_k) &&
-         encode_keys(arguments.v, p.v, p.head_dim_v, variant.head_dim_v / variant.v_slices(), arguments.all_chunks_v);
+  return encode_keys(maps.k, p.k, p.head_dim, variant.head_dim, arguments.all_chunks_k) &&
+         encode_keys(maps.v, p.v, p.head_dim_v, variant.head_dim_v / variant.v_slices(), arguments.all_chunks_v);
 }
 
 Scores scores_of(const Problem& p) {
@@ -165,12 +166,10 @@ std::int64_t most_tiles(const Problem& p, const ForwardVariant& variant, int pac
 }
 
 /// Keys that there is room for.
-std::int64_t key_capacity(const Problem& p) {
-  return p.keys.paged() ? std::int64_t{p.keys.max_pages} * p.keys.rows : p.keys.rows;
-}
+int key_capacity(const Problem& p) { return p.keys.paged() ? p.keys.table_capacity : p.keys.rows; }
 
 /// Keys of the longest sequence, as far as the host knows.
-int most_keys(const Problem& p) { return static_cast<int>(std::min<std::int64_t>(key_capacity(p), p.max_seqlen_k)); }
+int most_keys(const Problem& p) { return std::min(key_capacity(p), p.max_seqlen_k); }
 
 /// Query heads that may share a tile.
 int most_pack(const Problem& p) { return p.pack_gqa == 0 ? 1 : p.group(); }
@@ -187,7 +186,7 @@ bool has_few_rows(const Problem& p) { return most_packed_rows(p) <= 64; }
 /// Whether a batch-invariant call may cut a sequence. How many rows ragged and padded ones have only the device knows.
 bool may_cut(const Problem& p, int block_keys) {
   if (p.ragged_queries() || p.queries.seqused.given()) return true;
-  const int keys = clamp(key_capacity(p), 0, max_length);
+  const int keys = key_capacity(p);
   return !AlignedCut({p.queries.rows, keys, keys}, {p.group(), p.heads_k, p.head_dim, p.head_dim_v, block_keys})
               .leaves_whole();
 }
@@ -481,6 +480,7 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
       divide_up(key_capacity(p), variant.block_keys) > variant.blocks_between_carries()) {
     arguments.carried_sums = scratch.take<float>(std::int64_t{blocks} * variant.carried_sums());
   }
+  variant.plain = may_be_plain(choice) && is_plain(arguments);
   const Kernel kernel = forward_kernels().load(gpu, key_of(variant), [&] { return source_of(variant); });
   arguments.counters = counters;
   PreparedForward prepared{

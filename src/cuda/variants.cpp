@@ -266,10 +266,10 @@ std::uint64_t key_of(const ForwardVariant& v) {
   append(static_cast<int>(v.types.query), 2);
   append(static_cast<int>(v.types.key), 2);
   append(static_cast<int>(v.types.out), 2);
-  append(v.head_dim, 10);
-  append(v.head_dim_v, 10);
+  append(v.head_dim / 16, 6);
+  append(v.head_dim_v / 16, 6);
   append(v.warpgroups, 3);
-  append(v.block_keys, 9);
+  append(v.block_keys / 16, 5);
   append(v.stages, 4);
   append(v.fetched_stages, 4);
   append(v.q_stages, 3);
@@ -281,6 +281,7 @@ std::uint64_t key_of(const ForwardVariant& v) {
   append(v.transposed_rows / 16, 3);
   append(v.qv, 1);
   append(v.e4m3, 1);
+  append(v.plain, 1);
   return key;
 }
 
@@ -292,20 +293,22 @@ KernelSource source_of(const ForwardVariant& v) {
                      v.tile_rows(), "_keys", v.block_keys, v.stream() ? join("_warps", v.stream_warps()) : "",
                      v.transposed() ? join("_scorers", v.scorers()) : "",
                      v.scores == Scores::products ? "" : join("_", name_of(v.scores)), v.widens() ? "_widened" : "",
-                     v.gather ? "_gather" : "", v.splits ? "_splits" : "");
-  source.text = join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(),
-                     ", 1)\n", source.name, "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n",
-                     "  constexpr mate::cuda::ForwardVariant variant{\n",
-                     "      .types = {mate::ElementType::", name_of(v.types.query),
-                     ", mate::ElementType::", name_of(v.types.key), ", mate::ElementType::", name_of(v.types.out),
-                     "},\n", "      .head_dim = ", v.head_dim, ",\n", "      .head_dim_v = ", v.head_dim_v, ",\n",
-                     "      .warpgroups = ", v.warpgroups, ",\n", "      .block_keys = ", v.block_keys, ",\n",
-                     "      .stages = ", v.stages, ",\n", "      .fetched_stages = ", v.fetched_stages, ",\n",
-                     "      .q_stages = ", v.q_stages, ",\n", "      .scores = mate::cuda::Scores::", name_of(v.scores),
-                     ",\n", "      .gather = ", flag(v.gather), ",\n", "      .splits = ", flag(v.splits), ",\n",
-                     "      .wide = ", flag(v.wide), ",\n", "      .stream_rows = ", v.stream_rows, ",\n",
-                     "      .transposed_rows = ", v.transposed_rows, ",\n", "      .qv = ", flag(v.qv), ",\n",
-                     "      .e4m3 = ", flag(v.e4m3), "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
+                     v.gather ? "_gather" : "", v.splits ? "_splits" : "", v.plain ? "_plain" : "");
+  source.text =
+      join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
+           source.name,
+           "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n"
+           "  constexpr mate::cuda::ForwardVariant variant{\n",
+           "      .types = {mate::ElementType::", name_of(v.types.query), ", mate::ElementType::", name_of(v.types.key),
+           ", mate::ElementType::", name_of(v.types.out), "},\n", "      .head_dim = ", v.head_dim, ",\n",
+           "      .head_dim_v = ", v.head_dim_v, ",\n", "      .warpgroups = ", v.warpgroups, ",\n",
+           "      .block_keys = ", v.block_keys, ",\n", "      .stages = ", v.stages, ",\n",
+           "      .fetched_stages = ", v.fetched_stages, ",\n", "      .q_stages = ", v.q_stages, ",\n",
+           "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n", "      .gather = ", flag(v.gather), ",\n",
+           "      .splits = ", flag(v.splits), ",\n", "      .wide = ", flag(v.wide), ",\n",
+           "      .stream_rows = ", v.stream_rows, ",\n", "      .transposed_rows = ", v.transposed_rows, ",\n",
+           "      .qv = ", flag(v.qv), ",\n", "      .e4m3 = ", flag(v.e4m3), ",\n", "      .plain = ", flag(v.plain),
+           "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
   source.shared_bytes = v.shared_bytes();
   return source;
 }
@@ -377,7 +380,9 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
       choice.transposed_rows = transposed_rows_for(choice.few_rows ? rows : 64);
       choice.stream_rows = choice.few_rows ? stream_rows_for(types, head_dim, head_dim_v, rows) : 0;
       if (choice.stream_rows > 0 && !choice.splits) continue;  // likewise
-      const ForwardVariant variant = choose_variant(choice);
+      ForwardVariant variant = choose_variant(choice);
+      add(source_of(variant));
+      variant.plain = may_be_plain(choice);
       add(source_of(variant));
       if (variant.splits) add(scheduler_metadata_source(variant.block_keys));
     }

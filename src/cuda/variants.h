@@ -39,6 +39,9 @@ int transposed_rows_for(std::int64_t rows);
 /// The largest tiles that registers and shared memory hold.
 ForwardVariant choose_variant(const VariantChoice& choice);
 
+/// Whether calls of such a choice may have a plain variant: not where bits must not depend on what else is asked for.
+constexpr bool may_be_plain(const VariantChoice& choice) { return !choice.alike; }
+
 /// What tells variants apart, in a number.
 std::uint64_t key_of(const ForwardVariant& variant);
 

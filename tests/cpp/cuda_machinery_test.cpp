@@ -14,6 +14,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <optional>
 #include <set>
 #include <stdexcept>
@@ -30,6 +31,7 @@
 #include "cuda/sha256.h"
 #include "cuda/sources.h"
 #include "cuda/tensor_map.h"
+#include "cuda/variants.h"
 #include "nvrtc.h"
 
 namespace mate::cuda {
@@ -477,6 +479,38 @@ TEST_F(Gpu, SaysWhatTheDriverRefuses) {
     EXPECT_NE(std::string(error.what()).find("cuLibraryGetKernel"), std::string::npos) << error.what();
     EXPECT_NE(std::string(error.what()).find("CUDA_ERROR_NOT_FOUND"), std::string::npos) << error.what();
   }
+}
+
+TEST(Variants, HaveKeysOfTheirOwn) {
+  constexpr ElementType f16 = ElementType::float16;
+  constexpr ElementType bf16 = ElementType::bfloat16;
+  constexpr ElementType e4m3 = ElementType::float8_e4m3;
+  const std::vector<TensorTypes> types = {{bf16, bf16, bf16}, {f16, f16, f16},    {e4m3, e4m3, bf16},
+                                          {e4m3, e4m3, f16},  {bf16, e4m3, bf16}, {f16, e4m3, f16}};
+  std::map<std::uint64_t, std::string> programs;
+  for (const TensorTypes& of_call : types) {
+    for (const int head_dim : {16, 72, 128, 192, 256, 272, 512}) {
+      for (const int head_dim_v : {16, 64, 128, 256, 512}) {
+        for (int flags = 0; flags < 256; ++flags) {
+          VariantChoice choice{head_dim, head_dim_v, of_call};
+          choice.scores = (flags & 1) != 0 ? Scores::capped : Scores::products;
+          choice.gather = (flags & 2) != 0;
+          choice.splits = (flags & 4) != 0;
+          choice.few_rows = (flags & 8) != 0;
+          choice.narrow = (flags & 16) != 0;
+          choice.alike = (flags & 32) != 0;
+          choice.qv = (flags & 64) != 0;
+          if (choice.few_rows && choice.splits) choice.stream_rows = stream_rows_for(of_call, head_dim, head_dim_v, 8);
+          ForwardVariant variant = choose_variant(choice);
+          variant.plain = (flags & 128) != 0;
+          const std::string program = source_of(variant).text;
+          const auto [known, is_new] = programs.emplace(key_of(variant), program);
+          ASSERT_EQ(known->second, program);
+        }
+      }
+    }
+  }
+  EXPECT_GT(programs.size(), 1000);
 }
 
 }  // namespace

@@ -154,18 +154,19 @@ class Batch {
     } else {
       keys.rows = page_size;
       keys.page_rows = rows;
-      keys.max_pages = static_cast<int>(random_.integer(0, 4));
-      keys.page_table_stride = keys.max_pages + random_.integer(0, 2);
+      const int max_pages = static_cast<int>(random_.integer(0, 4));
+      keys.table_capacity = max_pages * page_size;
+      keys.page_table_stride = max_pages + random_.integer(0, 2);
       std::vector<int>& table = integers_.emplace_back(rows * keys.page_table_stride + 1, -1000);
       keys.slots = static_cast<int>(random_.integer(1, 20));
       for (int row = 0; row < rows; ++row) {
-        for (int page = 0; page < keys.max_pages; ++page) {
+        for (int page = 0; page < max_pages; ++page) {
           table[row * keys.page_table_stride + page] = static_cast<int>(random_.integer(0, keys.slots - 1));
         }
       }
       keys.page_table = table.data();
       for (int b = 0; b < batch; ++b) {
-        for (int t = 0; t < keys.max_pages * page_size; ++t) {
+        for (int t = 0; t < keys.table_capacity; ++t) {
           cells[b].push_back({table[cache_rows[b] * keys.page_table_stride + t / page_size], t % page_size});
         }
       }
@@ -344,8 +345,7 @@ TEST(SequenceTest, PositionsOfALongPagedCacheAreCountedIn64Bits) {
   keys.page_table = table.data();
   keys.page_table_stride = 5;
   keys.page_rows = 1;
-  keys.max_pages = 5;
-  EXPECT_EQ(key_capacity(keys, 0), INT_MAX);
+  keys.table_capacity = INT_MAX;
   const int leftpad = INT_MAX - 1;
   keys.leftpad = {&leftpad};
   QueryLayout queries;

@@ -209,14 +209,20 @@ class _Drawer:
             self.functions = tuple(name for name in functions if name != "flash_attn_qkvpacked_func")
         # What a call may cost: its products, the blocks of keys of a wide call, and its query rows.
         self.most_work, self.most_blocks, self.most_rows = (1e7, 9, 700) if on_cpu else (3e8, 16, 1000)
+        # A GPU has other kernels for calls that ask for nothing rare: see is_plain in forward_arguments.h.
+        self.plain = self.chance(0.3)
         # Rows that are all aligned to 16 bytes take another way to a GPU's kernels.
-        self.unit = 8 if self.kinds is not None and self.chance(0.4) else 1
+        self.unit = 8 if self.kinds is not None and (self.plain or self.chance(0.4)) else 1
         self.arguments: dict[str, Any] = {}
 
     # What to draw from.
 
     def chance(self, probability: float) -> bool:
         return self.dice.random() < probability
+
+    def rarely(self, probability: float) -> bool:
+        """Never in plain calls."""
+        return not self.plain and self.chance(probability)
 
     def choose(self, name: str, probability: float) -> bool:
         """A choice that the caller of `draw` may have fixed."""
@@ -282,11 +288,11 @@ class _Drawer:
             self.draw_queries(ragged=False, padded=False)
             self.draw_keys(ragged=False, padded=False, paged=False)
         elif self.function == "flash_attn_varlen_func":
-            self.draw_queries(ragged=self.choose("ragged_q", 0.7), padded=self.chance(0.3))
+            self.draw_queries(ragged=self.choose("ragged_q", 0.7), padded=self.rarely(0.3))
             kind = "paged" if self.choose("paged", 0.4) else self.dice.choice(("ragged", "ragged", "normal"))
             self.draw_keys(ragged=kind == "ragged", padded=self.chance(0.5), paged=kind == "paged")
         elif self.function == "flash_attn_with_kvcache":
-            self.draw_queries(ragged=self.choose("ragged_q", 0.4), padded=self.chance(0.2))
+            self.draw_queries(ragged=self.choose("ragged_q", 0.4), padded=self.rarely(0.2))
             self.draw_cache()
         else:
             self.draw_packed()
@@ -432,7 +438,7 @@ class _Drawer:
         self.capacity = columns * page_size
         row_of = list(range(self.batch))
         count = self.batch
-        if names[0] == "k_cache" and self.chance(0.3):
+        if names[0] == "k_cache" and self.rarely(0.3):
             row_of, count = self.draw_rows(shared=not any(appended))
         # The pages of each row of the table that some sequence reads or writes.
         needed: list[set[int]] = [set() for _ in range(count)]
@@ -490,7 +496,7 @@ class _Drawer:
                 self.packed_new = True
         # lengths counts the appended keys; held is what the cache holds before, left padding included.
         leftpad = [0] * self.batch
-        if self.chance(0.3):
+        if self.rarely(0.3):
             leftpad = [self.dice.choice((0, 1, self.dice.randint(0, 70))) for _ in range(self.batch)]
             self.arguments["cache_leftpad"] = self.indices(leftpad)
         held = [leftpad[b] + max(0, lengths[b] - appended[b]) for b in range(self.batch)]
@@ -504,7 +510,7 @@ class _Drawer:
             self.leave_room_for(leftpad)
         else:
             count = self.batch
-            if self.chance(0.3):
+            if self.rarely(0.3):
                 _, count = self.draw_rows(shared=not appends)
             self.capacity = max(capacity, max(leftpad, default=0))
             self.keys_and_values((count, self.capacity), ("k_cache", "v_cache"), copied=False)
@@ -571,7 +577,7 @@ class _Drawer:
 
     def draw_mask(self) -> None:
         world_size = 1
-        if "rotary_cos" not in self.arguments and self.chance(0.15):
+        if "rotary_cos" not in self.arguments and self.rarely(0.15):
             world_size = self.dice.choice((2, 3, 4, 8))
             rank = self.dice.randrange(world_size)
             totals = []
@@ -601,7 +607,7 @@ class _Drawer:
             self.arguments["causal"] = self.chance(0.8)
         if self.chance(0.35):
             self.arguments["window_size"] = self.dice.choice((tuple, list))((side(), side()))
-        if self.chance(0.2):
+        if self.rarely(0.2):
             chunk = self.dice.choice((0, None, 1, 2, self.dice.randint(1, 200), KEY_BLOCK, 2**20, INT32_MAX))
             self.arguments["attention_chunk"] = chunk if not chunk else self.integer(max(least, chunk))
 
@@ -613,13 +619,15 @@ class _Drawer:
             arguments["softmax_scale"] = a.scale * 2 ** dice.uniform(-1, 1)
         if self.chance(0.25) if self.kind is None else self.kind.softcap:
             arguments["softcap"] = dice.choice((0.5, 2.0, 15.0, 50.0, 30))
-        if self.chance(0.3):
+        if self.rarely(0.3):
             dtype = dice.choice((torch.bfloat16, torch.float16, torch.float32))
             name = dice.choice(("learnable_sink", "sinks", "s_aux"))
             arguments[name] = self.values((self.heads,), dtype)
         self.draw_scales()
         if not packed:
-            if self.wide:
+            if self.plain:
+                arguments["num_splits"] = 0
+            elif self.wide:
                 arguments["num_splits"] = self.integer(dice.choice((3, 3, 4, 5, 7, 8)))
                 if self.chance(0.1):
                     arguments["num_splits"] = dice.choice((0, 1))
@@ -629,7 +637,7 @@ class _Drawer:
                 arguments["pack_gqa"] = dice.choice((None, False, True))
         if self.chance(0.2):
             arguments["sm_margin"] = self.integer(dice.choice((0, 1, 8, 100)))
-        if self.chance(0.15 if self.wide else 0.3):
+        if self.rarely(0.15 if self.wide else 0.3):
             arguments["batch_invariant"] = self.chance(0.7)
         if self.function != "flash_attn_with_kvcache" and self.chance(0.2):
             arguments["deterministic"] = self.chance(0.5)

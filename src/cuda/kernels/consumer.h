@@ -247,19 +247,30 @@ class Consumer {
   RingPlace<variant.stages> next_;  ///< of the block that comes next
 };
 
+/// The arguments as the variant knows them.
+template <ForwardVariant variant>
+__device__ __forceinline__ decltype(auto) known_arguments(const ForwardArguments& given) {
+  if constexpr (variant.plain) {
+    return plain_arguments(given);
+  } else {
+    return (given);
+  }
+}
+
 /// A forward kernel: its block of threads divided among those who schedule, load, and consume, all in one way, or the
 /// last ones in another. No call: products that run on must not cross one.
 template <ForwardVariant variant, typename ConsumerOfVariant, typename OtherConsumer = ConsumerOfVariant>
-__device__ __forceinline__ void run(const ForwardArguments& a) {
+__device__ __forceinline__ void run(const ForwardArguments& given) {
+  const auto& a = known_arguments<variant>(given);
   static_assert(sizeof(ForwardShared<variant>) <= variant.shared_bytes());
   extern __shared__ unsigned char memory[];
   auto& shared = *reinterpret_cast<ForwardShared<variant>*>(memory);
   if (threadIdx.x == 0) {
     if constexpr (!variant.gather) {
-      for (const TensorMap* map : {&a.k, &a.v}) ptx::prefetch(*map);
+      for (const TensorMap* map : {&given.maps.k, &given.maps.v}) ptx::prefetch(*map);
       if constexpr (!variant.widens_queries()) {
-        ptx::prefetch(a.q);
-        if constexpr (variant.qv) ptx::prefetch(a.qv);
+        ptx::prefetch(given.maps.q);
+        if constexpr (variant.qv) ptx::prefetch(given.maps.qv);
       }
     }
     shared.init();
@@ -294,7 +305,7 @@ __device__ __forceinline__ void run(const ForwardArguments& a) {
         await_inputs(a);
         if (threadIdx.x == 96) shared.readable.arrive();
         if (warp <= variant.loader_warps()) {
-          ForwardLoader<variant>(a, shared).run();
+          ForwardLoader<variant>(given.maps, a, shared).run();
         } else if constexpr (variant.prepares() && variant.producer_warpgroups() == 1) {
           Preparer<variant>(a, shared).run();
         }

@@ -48,11 +48,16 @@ struct ServedSequences {
   int* prefill_workers = nullptr;  ///< how many blocks of threads serve prompts
 };
 
-struct ForwardArguments {
-  TensorMap q;  ///< (d, pack, rows, head units, slots), in boxes of a tile's rows; the maps are of no use to a gather
-  TensorMap k;  ///< (d, heads, rows, slots), in boxes of one chunk of `box_keys` keys; or see all_chunks_k
-  TensorMap v;
+/// The tensors for the copy engine, which wants them where the kernel is launched with them. Of no use to a gather.
+struct TensorMaps {
+  TensorMap q;   ///< (d, pack, rows, head units, slots), in boxes of a tile's rows
   TensorMap qv;  ///< like q, where it is given
+  TensorMap k;   ///< (d, heads, rows, slots), in boxes of one chunk of `box_keys` keys; or see all_chunks_k
+  TensorMap v;
+};
+
+struct ForwardArguments {
+  TensorMaps maps;
   Problem problem;
   ServedSequences served;
   int pack = 1;                ///< query heads that share a tile, a unit
@@ -81,5 +86,32 @@ struct ForwardArguments {
   int team = 1;  ///< blocks of threads that take tiles of the same keys at the same time
   PartialResults parts;
 };
+
+/// Calls visit(field, value) for each field of a call's arguments that has that value for all but few calls.
+template <typename Arguments, typename Visit>
+constexpr void for_each_rare_field(Arguments& a, const Visit& visit) {
+  visit(a.problem.mask.chunk, 0);
+  visit(a.problem.mask.cp_world, 1);
+  visit(a.problem.queries.seqused.data, nullptr);
+  visit(a.problem.keys.batch_index.data, nullptr);
+  visit(a.problem.keys.leftpad.data, nullptr);
+  visit(a.problem.sink.data, nullptr);
+  visit(a.served.which, Sequences::all);
+  visit(a.wide_rows, true);
+  visit(a.cut.kind, Cut::Kind::even);
+}
+
+/// Whether a call is as most are, so that ForwardVariant::plain serves it.
+constexpr bool is_plain(const ForwardArguments& arguments) {
+  bool plain = true;
+  for_each_rare_field(arguments, [&](const auto& field, auto value) { plain = plain && field == value; });
+  return plain;
+}
+
+/// The arguments of such a call, in which the compiler sees what it does not ask for.
+constexpr ForwardArguments plain_arguments(ForwardArguments arguments) {
+  for_each_rare_field(arguments, [](auto& field, auto value) { field = value; });
+  return arguments;
+}
 
 }  // namespace mate::cuda

@@ -11,8 +11,9 @@ namespace mate::cuda {
 template <ForwardVariant variant>
 class ForwardLoader {
  public:
-  __device__ ForwardLoader(const ForwardArguments& arguments, ForwardShared<variant>& shared)
-      : a_(arguments),
+  __device__ ForwardLoader(const TensorMaps& maps, const ForwardArguments& arguments, ForwardShared<variant>& shared)
+      : maps_(maps),
+        a_(arguments),
         shared_(shared),
         gather_(threadIdx.x - 32, arguments.copy_bytes),
         finder_(arguments, gather_),
@@ -244,9 +245,9 @@ class ForwardLoader {
     } else if (first_lane()) {
       full.arrive_expecting(a_.tile_rows * variant.q_chunks() * chunk_row_bytes);
       const int row = work.place.first_q + work.first_query;
-      load_tile<variant.tile_rows(), query_bytes>(tile, variant.head_dim, a_.q, full, 0, row, work.unit, slot);
+      load_tile<variant.tile_rows(), query_bytes>(tile, variant.head_dim, maps_.q, full, 0, row, work.unit, slot);
       if constexpr (variant.qv) {
-        load_tile<variant.tile_rows(), query_bytes>(tile + qv_offset, variant.head_dim_v, a_.qv, full, 0, row,
+        load_tile<variant.tile_rows(), query_bytes>(tile + qv_offset, variant.head_dim_v, maps_.qv, full, 0, row,
                                                     work.unit, slot);
       }
     }
@@ -260,7 +261,7 @@ class ForwardLoader {
       gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
     } else {
       expect(full, k_bytes);
-      fetch<variant.head_dim>(work, tile, 0, a_.k, a_.all_chunks_k, full, places);
+      fetch<variant.head_dim>(work, tile, 0, maps_.k, a_.all_chunks_k, full, places);
     }
   }
 
@@ -282,7 +283,8 @@ class ForwardLoader {
         await_empty(slice);
         ptx::Mbarrier& fetched = clears ? shared_.v_fetched : v_ring(slice).full[place.stage()];
         if (!clears) expect(fetched, v_bytes / slices);
-        fetch<columns>(work, tile + v_bytes / slices * slice, slice * columns, a_.v, a_.all_chunks_v, fetched, places);
+        fetch<columns>(work, tile + v_bytes / slices * slice, slice * columns, maps_.v, a_.all_chunks_v, fetched,
+                       places);
       }
       if (!clears) return;
       clear_fetched(work, n, tile);
@@ -331,6 +333,7 @@ class ForwardLoader {
     gather_.arrive(full);
   }
 
+  const TensorMaps& maps_;
   const ForwardArguments& a_;
   ForwardShared<variant>& shared_;
   Gather gather_;

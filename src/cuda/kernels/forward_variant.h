@@ -54,6 +54,8 @@ struct ForwardVariant {
   int transposed_rows = 0;  ///< rows of a tile of the kernel of transposed.h, 16, 32 or 64; 0: another kernel
   bool qv = false;          ///< scores are of values too (wide)
   bool e4m3 = false;        ///< e4m3 is multiplied as it is, values transposed, by weights of e4m3; else it is widened
+  bool plain = false;  ///< without what few calls ask for (for_each_rare_field in forward_arguments.h): code that is
+                       ///< not executed still stands between what is, and a GPU waits for code as for memory
 
   constexpr bool stream() const { return stream_rows > 0; }
   constexpr bool transposed() const { return transposed_rows > 0; }
@@ -173,7 +175,7 @@ struct ForwardVariant {
   constexpr int producer_registers() const {
     if (scores_ahead() && warpgroups == 3) return e4m3 ? 56 : 32;
     if (e4m3) return splits ? 88 : gather ? 72 : 56;
-    if (wide && splits && !gather) return 72;
+    if (wide && !gather && (splits || !transposed())) return 72;
     if (transposed() && gather) return 80;
     return gather || splits || (widens() && producer_warpgroups() == 1) ? 88 : 40;
   }

@@ -198,7 +198,7 @@ class SplitScheduler : StepCounter<variant> {
     if (counts_together(problem())) {
       if (lane() < variant.threads() / 32) steps = counted.of_warp[lane()];
     } else {
-      count_ = this->count(lane());
+      count_ = this->count(sequence_of_lane());
       steps.add(count_);
     }
     steps = steps.reduced();
@@ -215,8 +215,8 @@ class SplitScheduler : StepCounter<variant> {
   /// Whether what was read of the sequences, which this warp has counted alone, is what memory says now.
   __device__ bool still_holds() const {
     bool same = true;
-    if (lane() < problem().batch) {
-      same = is_same_place(problem().sequence(lane()), count_.place);
+    if (const int b = sequence_of_lane(); b < problem().batch) {
+      same = is_same_place(problem().sequence(b), count_.place);
     }
     return __all_sync(~0U, same);
   }
@@ -237,6 +237,9 @@ class SplitScheduler : StepCounter<variant> {
   using StepCounter<variant>::problem;
   using StepCounter<variant>::units;
   using StepCounter<variant>::worker_;
+
+  /// Of the first ones. Where its lengths lie is not worth registers from tile to tile.
+  __device__ static int sequence_of_lane() { return ptx::known_only_here(lane()); }
 
   /// Goes to the chunk of 32 sequences in which a step of the unit lies, or to the first that is not kept.
   __device__ void seek(const BatchSteps& counted, int step) {

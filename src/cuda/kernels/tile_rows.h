@@ -40,7 +40,7 @@ __device__ inline float sink_of(const Problem& p, int head) {
 
 /// A warp writes a row of out that is 0, and its log-sum-exp.
 __device__ inline void clear_row(const Problem& p, int slot, long long row, int head, float lse) {
-  const int lane = threadIdx.x % 32;
+  const int lane = ptx::known_only_here(threadIdx.x % 32);  // this is rare: it is not worth registers
   auto* const elements = p.out.at<unsigned short>(slot, row, head);
 #pragma unroll 1
   for (int column = lane; column < p.head_dim_v; column += 32) elements[column] = 0;

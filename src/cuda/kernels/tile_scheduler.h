@@ -54,7 +54,7 @@ class TileScheduler : TileFinder<variant> {
 
   /// Of all units.
   __device__ int all_tiles_of(int b) const {
-    const int capacity = query_rows(problem().queries, b).count;
+    const int capacity = ptx::known_only_here(query_rows(problem().queries, b).count);
     return serves(a_, used_queries(problem().queries, b, capacity)) ? this->tiles_of_capacity(capacity) * units() : 0;
   }
 

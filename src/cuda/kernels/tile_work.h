@@ -83,7 +83,9 @@ class TileFinder {
   __device__ explicit TileFinder(const ForwardArguments& arguments) : a_(arguments) {}
 
   __device__ const Problem& problem() const { return a_.problem; }
-  __device__ Tiling tiling() const { return {a_.tile_rows, variant.block_keys, a_.pack}; }
+  __device__ Tiling tiling() const {
+    return {ptx::known_only_here(a_.tile_rows), variant.block_keys, ptx::known_only_here(a_.pack)};
+  }
   __device__ int units() const { return a_.units; }
 
   /// Of one unit.
