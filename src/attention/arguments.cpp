@@ -238,7 +238,7 @@ void set_keys(Problem& problem, const AttentionArguments& a, const ArgumentNames
     keys.page_table = static_cast<const int*>(memory_of(a.page_table));
     keys.page_table_stride = a.page_table.stride(0);
     keys.page_rows = static_cast<int>(a.page_table.size(0));
-    keys.table_capacity = clamp(a.page_table.size(1) * keys.rows, 0, max_length);
+    keys.table_capacity = table_capacity_of(a.page_table.size(1), keys.rows);
   }
 }
 

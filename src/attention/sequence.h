@@ -36,10 +36,10 @@ struct KeyLayout {
   IntVector seqused;      ///< (b,): keys in use, counted from the start of the cache row, without what is appended
   IntVector batch_index;  ///< (b,): the row of the cache, or of the page table, that a sequence reads
   IntVector leftpad;      ///< (b,): where in its cache row a sequence starts
-  const int* page_table = nullptr;  ///< (page_rows, max_pages): paged
+  const int* page_table = nullptr;  ///< (page_rows, pages of a sequence): paged
   long long page_table_stride = 0;
   int page_rows = 0;
-  int table_capacity = 0;  ///< keys that a row of it has room for
+  int table_capacity = 0;  ///< keys that a row of it has room for: see table_capacity_of()
   bool appends = false;
   int new_rows = 0;          ///< new keys of one sequence; of all together when packed
   IntVector cu_seqlens_new;  ///< (b + 1,): new keys are packed
@@ -90,6 +90,9 @@ constexpr QueryRows query_rows(const QueryLayout& queries, int b) {
 constexpr int used_queries(const QueryLayout& queries, int b, int capacity) {
   return queries.seqused.given() ? clamp(queries.seqused[b], 0, capacity) : capacity;
 }
+
+/// How many keys so many pages have room for, as far as they are counted.
+constexpr int table_capacity_of(long long pages, int page_size) { return clamp(pages * page_size, 0, max_length); }
 
 /// How many keys a sequence has room for.
 constexpr int key_capacity(const KeyLayout& keys, int b) {

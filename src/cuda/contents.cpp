@@ -52,7 +52,7 @@ void verify_contents(const Problem& problem, const ArgumentNames& names, int dev
                              &keys.rotary_seqlens, &keys.cp_total}) {
     copies.copy(*lengths, problem.batch);
   }
-  if (keys.paged() && keys.page_rows > 0 && keys.rows > 0) {
+  if (keys.paged() && keys.page_rows > 0 && keys.table_capacity > 0) {
     const std::int64_t pages = divide_up(keys.table_capacity, keys.rows);
     keys.page_table = copies.copy(keys.page_table, (keys.page_rows - 1) * keys.page_table_stride + pages);
   }

@@ -39,7 +39,8 @@ int transposed_rows_for(std::int64_t rows);
 /// The largest tiles that registers and shared memory hold.
 ForwardVariant choose_variant(const VariantChoice& choice);
 
-/// Whether calls of such a choice may have a plain variant: not where bits must not depend on what else is asked for.
+/// Whether there is a plain variant too: not of those that are alike, since batch-invariant calls cut keys as plain
+/// ones do not.
 constexpr bool may_be_plain(const VariantChoice& choice) { return !choice.alike; }
 
 /// What tells variants apart, in a number.

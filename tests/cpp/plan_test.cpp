@@ -215,7 +215,7 @@ TEST(Splits, DoesNotDependOnWhereTheKeysLie) {
     paged.problem.keys.page_table = &page;
     paged.problem.keys.page_rows = 3;
     paged.problem.keys.rows = page_size;
-    paged.problem.keys.table_capacity = (40000 / page_size + 1) * page_size;
+    paged.problem.keys.table_capacity = table_capacity_of(40000 / page_size + 1, page_size);
     EXPECT_EQ(paged.splits(), expected) << "pages of " << page_size;
   }
 

@@ -155,7 +155,7 @@ class Batch {
       keys.rows = page_size;
       keys.page_rows = rows;
       const int max_pages = static_cast<int>(random_.integer(0, 4));
-      keys.table_capacity = max_pages * page_size;
+      keys.table_capacity = table_capacity_of(max_pages, page_size);
       keys.page_table_stride = max_pages + random_.integer(0, 2);
       std::vector<int>& table = integers_.emplace_back(rows * keys.page_table_stride + 1, -1000);
       keys.slots = static_cast<int>(random_.integer(1, 20));
@@ -345,7 +345,8 @@ TEST(SequenceTest, PositionsOfALongPagedCacheAreCountedIn64Bits) {
   keys.page_table = table.data();
   keys.page_table_stride = 5;
   keys.page_rows = 1;
-  keys.table_capacity = INT_MAX;
+  keys.table_capacity = table_capacity_of(5, keys.rows);
+  EXPECT_EQ(keys.table_capacity, INT_MAX);
   const int leftpad = INT_MAX - 1;
   keys.leftpad = {&leftpad};
   QueryLayout queries;

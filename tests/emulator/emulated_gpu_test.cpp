@@ -110,6 +110,32 @@ void judge_calls(testing::RandomCall::Kind kind, std::uint64_t otherwise) {
   });
 }
 
+/// The compiler says which kernels a call is the first to take.
+TEST_F(EmulatedGpu, PlainCallsHaveKernelsOfTheirOwn) {
+  constexpr std::int64_t heads = 2;
+  constexpr std::int64_t size = 176;
+  const auto kernels_of = [](bool with_sink) {
+    testing::Memory memory;
+    AttentionArguments a;
+    for (Tensor* tensor : {&a.q, &a.k, &a.v, &a.out}) *tensor = memory.tensor(bfloat16, {1, 5, heads, size});
+    for (const Tensor& input : {a.q, a.k, a.v}) testing::fill(input, [] { return 1.0; });
+    if (with_sink) {
+      a.learnable_sink = memory.tensor(float32, {heads});
+      testing::fill(a.learnable_sink, [] { return 0.0; });
+    }
+    move_to_gpu(a);
+    setenv("MATE_LOG", "compile", 1);
+    ::testing::internal::CaptureStderr();
+    attention(a);
+    unsetenv("MATE_LOG");
+    return ::testing::internal::GetCapturedStderr();
+  };
+  EXPECT_NE(kernels_of(false).find("_plain"), std::string::npos);
+  const std::string of_other = kernels_of(true);
+  EXPECT_NE(of_other.find("stream_"), std::string::npos) << of_other;
+  EXPECT_EQ(of_other.find("_plain"), std::string::npos) << of_other;
+}
+
 /// The host cannot know that it is, and then takes a tile to hold each sequence.
 TEST_F(EmulatedGpu, RowsPastMaxSeqlenAreCleared) {
   constexpr std::int64_t batch = 3;

@@ -209,8 +209,8 @@ class _Drawer:
             self.functions = tuple(name for name in functions if name != "flash_attn_qkvpacked_func")
         # What a call may cost: its products, the blocks of keys of a wide call, and its query rows.
         self.most_work, self.most_blocks, self.most_rows = (1e7, 9, 700) if on_cpu else (3e8, 16, 1000)
-        # A GPU has other kernels for calls that ask for nothing rare: see is_plain in forward_arguments.h.
-        self.plain = self.chance(0.3)
+        # It has other kernels for calls that ask for nothing rare, which most are: see is_plain in forward_arguments.h.
+        self.plain = self.kinds is not None and self.chance(0.4)
         # Rows that are all aligned to 16 bytes take another way to a GPU's kernels.
         self.unit = 8 if self.kinds is not None and (self.plain or self.chance(0.4)) else 1
         self.arguments: dict[str, Any] = {}
@@ -336,7 +336,8 @@ class _Drawer:
         """One of those that a kernel serves, or any."""
         if of_kernel is None:
             return self.dice.choice(LARGE_HEAD_SIZES if self.chance(0.12) else SMALL_HEAD_SIZES)
-        return of_kernel - self.dice.choice((0, 0, 0, STEP // 2, self.dice.randrange(STEP)))
+        fewer = self.dice.choice((0, 0, 0, STEP // 2, self.dice.randrange(STEP)))
+        return of_kernel - (fewer // self.unit * self.unit if self.plain else fewer)
 
     def key_length(self) -> int:
         if self.wide:

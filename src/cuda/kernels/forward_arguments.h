@@ -87,7 +87,7 @@ struct ForwardArguments {
   PartialResults parts;
 };
 
-/// Calls visit(field, value) for each field of a call's arguments that has that value for all but few calls.
+/// Calls visit(field, value) for each field of a call's arguments that all but few calls leave at that value.
 template <typename Arguments, typename Visit>
 constexpr void for_each_rare_field(Arguments& a, const Visit& visit) {
   visit(a.problem.mask.chunk, 0);
@@ -101,7 +101,7 @@ constexpr void for_each_rare_field(Arguments& a, const Visit& visit) {
   visit(a.cut.kind, Cut::Kind::even);
 }
 
-/// Whether a call is as most are, so that ForwardVariant::plain serves it.
+/// Whether a call asks for nothing rare, so that ForwardVariant::plain serves it.
 constexpr bool is_plain(const ForwardArguments& arguments) {
   bool plain = true;
   for_each_rare_field(arguments, [&](const auto& field, auto value) { plain = plain && field == value; });

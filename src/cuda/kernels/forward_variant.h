@@ -175,6 +175,7 @@ struct ForwardVariant {
   constexpr int producer_registers() const {
     if (scores_ahead() && warpgroups == 3) return e4m3 ? 56 : 32;
     if (e4m3) return splits ? 88 : gather ? 72 : 56;
+    // Consumers of wide.h have registers to spare: they score 64 keys, or 128 where sums are few.
     if (wide && !gather && (splits || !transposed())) return 72;
     if (transposed() && gather) return 80;
     return gather || splits || (widens() && producer_warpgroups() == 1) ? 88 : 40;

@@ -52,7 +52,7 @@ class TileScheduler : TileFinder<variant> {
     return number < workers() ? number : max_length;
   }
 
-  /// Of all units.
+  /// Of all units: not worth a register where all sequences have as many.
   __device__ int all_tiles_of(int b) const {
     const int capacity = ptx::known_only_here(query_rows(problem().queries, b).count);
     return serves(a_, used_queries(problem().queries, b, capacity)) ? this->tiles_of_capacity(capacity) * units() : 0;

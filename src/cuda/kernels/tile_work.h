@@ -83,6 +83,7 @@ class TileFinder {
   __device__ explicit TileFinder(const ForwardArguments& arguments) : a_(arguments) {}
 
   __device__ const Problem& problem() const { return a_.problem; }
+  /// What is computed from it is not worth registers from tile to tile.
   __device__ Tiling tiling() const {
     return {ptx::known_only_here(a_.tile_rows), variant.block_keys, ptx::known_only_here(a_.pack)};
   }
