@@ -25,10 +25,12 @@ class RandomCall {
 
   enum class Kind {
     any,
-    mixed  ///< a prompt, and sequences of a few queries at most, over pages that have room for far more keys
+    mixed,  ///< a prompt, and sequences of a few queries at most, over pages that have room for far more keys
+    plain   ///< nothing rare, for which a GPU has other kernels: see is_plain in forward_arguments.h
   };
 
-  explicit RandomCall(std::uint64_t seed, Kind kind = Kind::any) : random_(seed), mixed_(kind == Kind::mixed) {
+  explicit RandomCall(std::uint64_t seed, Kind kind = Kind::any)
+      : random_(seed), mixed_(kind == Kind::mixed), plain_(kind == Kind::plain) {
     draw_sizes();
     draw_scores();
     draw_queries();
@@ -42,11 +44,9 @@ class RandomCall {
   using Integers = std::vector<std::int64_t>;
   enum class Storage { normal, ragged, paged };
 
-  /// A GPU has other kernels for calls that ask for nothing rare: see is_plain in forward_arguments.h.
   bool rarely(double probability) { return !plain_ && random_.chance(probability); }
 
   void draw_sizes() {
-    plain_ = random_.chance(0.4);
     batch_ = mixed_ ? random_.integer(3, 5) : random_.chance(0.05) ? 0 : random_.integer(1, 4);
     heads_k_ = random_.integer(1, 3);
     group_ = random_.one_of<std::int64_t>({1, 1, 2, 3, 5});
@@ -360,7 +360,7 @@ class RandomCall {
     for (std::size_t i = 0; i < count; ++i) order[i] = count - 1 - i;
     if (random_.chance(0.4)) random_.shuffle(order);
     for (const std::size_t dimension : order) {
-      if (random_.chance(0.2)) stride += random_.integer(1, 5) * (plain_ ? 16 : 1);  // they are aligned in plain calls
+      if (random_.chance(0.2)) stride += random_.integer(1, 5) * (plain_ ? 16 : 1);  // of plain calls they are aligned
       strides[dimension] = random_.chance(0.05) ? -stride : stride;
       stride *= std::max<std::int64_t>(shape[dimension], 1);
     }
@@ -368,7 +368,7 @@ class RandomCall {
 
   Random random_;
   bool mixed_;
-  bool plain_ = false;
+  bool plain_;
   std::int64_t batch_ = 0, heads_k_ = 1, group_ = 1, d_ = 1, dv_ = 1, most_q_ = 1, most_k_ = 1;
   bool long_keys_ = false;
   DLDataType q_type_{}, k_type_{}, out_type_{};

@@ -202,6 +202,8 @@ TEST_F(EmulatedGpu, NewKeysOfManySequencesArePacked) {
 
 TEST_F(EmulatedGpu, MatchesTheReference) { judge_calls(testing::RandomCall::Kind::any, 60); }
 
+TEST_F(EmulatedGpu, MatchesTheReferenceInPlainCalls) { judge_calls(testing::RandomCall::Kind::plain, 40); }
+
 /// Sequences of all kinds, and of prompts beside few queries.
 TEST_F(EmulatedGpu, IsBatchInvariantWhereAsked) {
   for (const auto kind : {testing::RandomCall::Kind::any, testing::RandomCall::Kind::mixed}) {
