@@ -112,7 +112,7 @@ TEST_F(CudaKernels, RunAsTheirScheduleSays) {
   constexpr TensorTypes fp16s{f16, f16, f16};
   constexpr TensorTypes e4m3s{e4m3, e4m3};
   constexpr TensorTypes over_e4m3{.key = e4m3};
-  const std::vector<Model> models = {{64, 64},
+  const std::vector<Model> models = {{64, 64, bf16s, false, false, Of::plain_calls},
                                      {128, 128},
                                      {256, 256},
                                      {192, 128, bf16s, false, false, Of::plain_calls},
@@ -124,7 +124,7 @@ TEST_F(CudaKernels, RunAsTheirScheduleSays) {
                                      {512, 512, fp16s, true, true, Of::other_calls},
                                      {64, 64, bf16s, true, true, Of::other_calls},
                                      {64, 64, e4m3s},
-                                     {128, 128, e4m3s},
+                                     {128, 128, e4m3s, false, false, Of::plain_calls},
                                      {256, 256, e4m3s, false, false, Of::plain_calls},
                                      {256, 256, over_e4m3, true, false, Of::other_calls},
                                      {64, 512, over_e4m3, false, true},

@@ -200,9 +200,9 @@ TEST_F(EmulatedGpu, NewKeysOfManySequencesArePacked) {
   }
 }
 
-TEST_F(EmulatedGpu, MatchesTheReference) { judge_calls(testing::RandomCall::Kind::any, 60); }
+TEST_F(EmulatedGpu, MatchesTheReference) { judge_calls(testing::RandomCall::Kind::any, 40); }
 
-TEST_F(EmulatedGpu, MatchesTheReferenceInPlainCalls) { judge_calls(testing::RandomCall::Kind::plain, 40); }
+TEST_F(EmulatedGpu, MatchesTheReferenceInPlainCalls) { judge_calls(testing::RandomCall::Kind::plain, 30); }
 
 /// Sequences of all kinds, and of prompts beside few queries.
 TEST_F(EmulatedGpu, IsBatchInvariantWhereAsked) {
