@@ -200,7 +200,7 @@ TEST_F(EmulatedGpu, NewKeysOfManySequencesArePacked) {
   }
 }
 
-TEST_F(EmulatedGpu, MatchesTheReference) { judge_calls(testing::RandomCall::Kind::any, 40); }
+TEST_F(EmulatedGpu, MatchesTheReference) { judge_calls(testing::RandomCall::Kind::any, 60); }
 
 TEST_F(EmulatedGpu, MatchesTheReferenceInPlainCalls) { judge_calls(testing::RandomCall::Kind::plain, 30); }
 

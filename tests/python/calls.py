@@ -209,7 +209,7 @@ class _Drawer:
             self.functions = tuple(name for name in functions if name != "flash_attn_qkvpacked_func")
         # What a call may cost: its products, the blocks of keys of a wide call, and its query rows.
         self.most_work, self.most_blocks, self.most_rows = (1e7, 9, 700) if on_cpu else (3e8, 16, 1000)
-        # It has other kernels for calls that ask for nothing rare, which most are: see is_plain in forward_arguments.h.
+        # A GPU has other kernels for calls that ask for nothing rare, as most do: see is_plain in forward_arguments.h.
         self.plain = self.kinds is not None and self.chance(0.4)
         # Rows that are all aligned to 16 bytes take another way to a GPU's kernels.
         self.unit = 8 if self.kinds is not None and (self.plain or self.chance(0.4)) else 1
