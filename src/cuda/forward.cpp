@@ -138,6 +138,35 @@ int mean_rows(const Problem& p) {
              : most_rows(p);
 }
 
+/// Keys that there is room for.
+int key_capacity(const Problem& p) { return p.keys.paged() ? p.keys.table_capacity : p.keys.rows; }
+
+/// Keys of the longest sequence, as far as the host knows.
+int most_keys(const Problem& p) { return std::min(key_capacity(p), p.max_seqlen_k); }
+
+/// Whether all sequences are as long, as far as the host knows.
+bool are_alike(const Problem& p) {
+  const KeyLayout& keys = p.keys;
+  return p.batch == 1 || !(p.ragged_queries() || p.queries.seqused.given() || keys.cu_seqlens.given() ||
+                           keys.seqused.given() || keys.leftpad.given());
+}
+
+/// Blocks of keys that the tiles of a sequence take, for each of its heads, if `pack` of them share a tile; in the time
+/// of a multiprocessor, whose cluster takes them together.
+float blocks_of_sequence(const Problem& p, const ForwardVariant& variant, int pack) {
+  const Tiling tiling = variant.tiling(pack);
+  const int rows = mean_rows(p);
+  const int keys = most_keys(p);
+  const Lengths lengths{rows, keys, keys};
+  const int tiles = tiles_of(tiling, rows);
+  if (tiles == 0) return 0;
+  const auto blocks_of = [&](int tile) { return blocks_of_tile(tiling, p.mask, lengths, tile).size(); };
+  const float blocks = static_cast<float>(blocks_of(0) + blocks_of(tiles - 1)) / 2;
+  // Where sequences differ, the last tile of every second one is filled by less than a half.
+  const float begun = static_cast<float>(tiles) + (are_alike(p) ? 0.0F : 0.5F);
+  return begun * blocks * static_cast<float>(variant.cluster_blocks) / static_cast<float>(pack);
+}
+
 /// Query heads that share a tile: those of a group, or an equal part of them, where that makes fewer tiles.
 int choose_pack(const Problem& p, const ForwardVariant& variant) {
   const int group = p.group();
@@ -148,13 +177,19 @@ int choose_pack(const Problem& p, const ForwardVariant& variant) {
   const auto saves_tiles = [&](int rows) {
     return tiles_of(variant.tiling(pack), rows) < std::int64_t{pack} * tiles_of(variant.tiling(1), rows);
   };
-  return p.pack_gqa == 1 || saves_tiles(most_rows(p)) || saves_tiles(mean_rows(p)) ? pack : 1;
+  if (p.pack_gqa == 1 || saves_tiles(most_rows(p)) || saves_tiles(mean_rows(p))) return pack;
+  // A cluster's tile, which is twice as high, has no more queries than another kernel's if heads share it.
+  constexpr float worth = 0.99F;
+  const int heads = variant.cluster_blocks;
+  const bool saves_blocks = heads > 1 && group % heads == 0 &&
+                            blocks_of_sequence(p, variant, heads) < worth * blocks_of_sequence(p, variant, 1);
+  return saves_blocks ? heads : 1;
 }
 
 /// Decides which rows and heads share a tile.
 void pack_rows(const Problem& p, const ForwardVariant& variant, ForwardArguments& arguments) {
   arguments.pack = choose_pack(p, variant);
-  arguments.tile_rows = variant.tiling(arguments.pack).tile_rows;
+  arguments.tile_rows = variant.tiling(arguments.pack).tile_rows / variant.cluster_blocks;
   arguments.units = p.heads_q / arguments.pack;
   arguments.units_of_key_head = p.group() / arguments.pack;
 }
@@ -164,12 +199,6 @@ std::int64_t most_tiles(const Problem& p, const ForwardVariant& variant, int pac
   const Tiling tiling = variant.tiling(pack);
   return mate::most_tiles(tiling, variant.one_tile(), p.ragged_queries(), p.queries.rows, p.batch) * (p.heads_q / pack);
 }
-
-/// Keys that there is room for.
-int key_capacity(const Problem& p) { return p.keys.paged() ? p.keys.table_capacity : p.keys.rows; }
-
-/// Keys of the longest sequence, as far as the host knows.
-int most_keys(const Problem& p) { return std::min(key_capacity(p), p.max_seqlen_k); }
 
 /// Query heads that may share a tile.
 int most_pack(const Problem& p) { return p.pack_gqa == 0 ? 1 : p.group(); }
@@ -189,13 +218,6 @@ bool may_cut(const Problem& p, int block_keys) {
   const int keys = key_capacity(p);
   return !AlignedCut({p.queries.rows, keys, keys}, {p.group(), p.heads_k, p.head_dim, p.head_dim_v, block_keys})
               .leaves_whole();
-}
-
-/// Whether all sequences are as long, as far as the host knows.
-bool are_alike(const Problem& p) {
-  const KeyLayout& keys = p.keys;
-  return p.batch == 1 || !(p.ragged_queries() || p.queries.seqused.given() || keys.cu_seqlens.given() ||
-                           keys.seqused.given() || keys.leftpad.given());
 }
 
 /// Whether some sequences have far more query rows than others: some are read, others decoded.
@@ -360,11 +382,30 @@ VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequence
 }
 
 /// Rows of keys that the copy engine can fetch together, as many as divide a block and a page; 0 where that is fewer
-/// than the eight rows of a swizzled tile, or where sequences begin anywhere in a page.
-int choose_box(const KeyLayout& keys, int block_keys) {
-  if (!keys.paged()) return block_keys;
-  const int rows = std::gcd(keys.rows, block_keys);
+/// than the eight rows of a swizzled tile, or where sequences begin anywhere in a page. Each block of a cluster fetches
+/// as many boxes.
+int choose_box(const KeyLayout& keys, const ForwardVariant& variant) {
+  const int most = variant.block_keys / variant.cluster_blocks;
+  if (!keys.paged()) return most;
+  const int rows = std::gcd(keys.rows, most);
   return rows % 8 == 0 && !keys.leftpad.given() ? rows : 0;
+}
+
+/// Whether a call takes less time if two blocks of threads have a tile together and fetch keys for each other: where
+/// tiles that are twice as high take hardly more blocks of keys, and the boxes of pages are no smaller. Under a mask,
+/// where two heads share a tile for that, it takes larger heads to gain by it.
+bool gains_by_clusters(const Problem& p, VariantChoice choice, int multiprocessors) {
+  constexpr float most = 1.02F;
+  constexpr int least_head_dim_of_masked = 128;
+  if (p.mask.bounded() && std::max(p.head_dim, p.head_dim_v) < least_head_dim_of_masked) return false;
+  choice.clusters = true;
+  const ForwardVariant clustered = choose_variant(choice);
+  if (clustered.cluster_blocks == 1 || multiprocessors < clustered.cluster_blocks) return false;
+  ForwardVariant other = clustered;
+  other.cluster_blocks = 1;
+  if (p.keys.paged() && choose_box(p.keys, clustered) < choose_box(p.keys, other)) return false;
+  return blocks_of_sequence(p, clustered, choose_pack(p, clustered)) <=
+         most * blocks_of_sequence(p, other, choose_pack(p, other));
 }
 
 /// Memory for the results of parts.
@@ -437,13 +478,20 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   if (p.qv.given()) inputs.add(p.qv, p.query_slots(), p.queries.rows, p.heads_q);
   inputs.add(p.k, p.keys.slots, p.keys.rows, p.heads_k);
   inputs.add(p.v, p.keys.slots, p.keys.rows, p.heads_k);
+  Alignment results;
+  results.add(p.out, p.query_slots(), p.queries.rows, p.heads_q);
+  results.add(p.head_dim_v * bytes_of(p.out.type));
+  arguments.wide_rows = results.bytes() == 16;
   VariantChoice choice = choose(p, multiprocessors, served);
+  if (choice.splits) arguments.cut = choose_cut(p);
+  choice.plain = is_plain(arguments);
+  choice.clusters = gains_by_clusters(p, choice, multiprocessors);
   ForwardVariant variant;
   const auto settle = [&](bool gather) {
     choice.gather = gather;
     variant = choose_variant(choice);
     pack_rows(p, variant, arguments);
-    arguments.box_keys = choose_box(p.keys, variant.block_keys);
+    arguments.box_keys = choose_box(p.keys, variant);
     if (arguments.box_keys > 0) arguments.boxes = variant.block_keys / arguments.box_keys;
     return gather || (arguments.box_keys > 0 && encode_maps(p, variant, arguments));
   };
@@ -451,10 +499,6 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   inputs.add(p.head_dim * bytes_of(p.k.type));
   inputs.add(p.head_dim_v * bytes_of(p.v.type));
   arguments.copy_bytes = inputs.bytes();
-  Alignment results;
-  results.add(p.out, p.query_slots(), p.queries.rows, p.heads_q);
-  results.add(p.head_dim_v * bytes_of(p.out.type));
-  arguments.wide_rows = results.bytes() == 16;
   arguments.heads_reciprocal = 1.0F / static_cast<float>(arguments.pack);
   const ScoreScales scales = scales_of(p);
   arguments.score_factor = scales.factor;
@@ -464,14 +508,14 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   const std::int64_t tiles = most_tiles(p, variant, arguments.pack);
   require(tiles < max_length - gpu.multiprocessors, "q must have fewer than 2**31 tiles of ", arguments.tile_rows,
           " rows, got ", tiles);
-  int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, multiprocessors));
+  int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, multiprocessors / variant.cluster_blocks)) *
+               variant.cluster_blocks;
   if (served.which == Sequences::all) {
     const std::int64_t uncertain = p.ragged_queries() ? std::int64_t{p.batch} * arguments.units : 0;
     arguments.expected_tiles = static_cast<int>(std::max<std::int64_t>(tiles - uncertain, 0));
   }
   if (variant.splits) {
     blocks = std::min(multiprocessors, counters_of_launch / variant.row_groups());
-    arguments.cut = choose_cut(p);
     if (served.which == Sequences::all) arguments.team = choose_team(p, variant, arguments.pack, blocks);
     blocks -= blocks % arguments.team;
     take_parts(p, variant, tiles, blocks, scratch, arguments);
@@ -480,14 +524,15 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
       divide_up(key_capacity(p), variant.block_keys) > variant.blocks_between_carries()) {
     arguments.carried_sums = scratch.take<float>(std::int64_t{blocks} * variant.carried_sums());
   }
-  variant.plain = may_be_plain(choice) && is_plain(arguments);
   const Kernel kernel = forward_kernels().load(gpu, key_of(variant), [&] { return source_of(variant); });
   arguments.counters = counters;
-  PreparedForward prepared{
-      kernel,
-      {.grid = {static_cast<unsigned>(blocks)}, .block = {static_cast<unsigned>(variant.threads())}, .stream = queue},
-      arguments,
-      !variant.splits};
+  PreparedForward prepared{kernel,
+                           {.grid = {static_cast<unsigned>(blocks)},
+                            .block = {static_cast<unsigned>(variant.threads())},
+                            .stream = queue,
+                            .cluster_blocks = static_cast<unsigned>(variant.cluster_blocks)},
+                           arguments,
+                           !variant.splits};
   if (arguments.parts.sums != nullptr && merges_apart(p, variant, served.which, blocks)) {
     prepared.arguments.parts.cut_tiles = scratch.take<CutTile>(blocks);
     prepared.merge = merge_kernels().load(gpu, static_cast<std::uint64_t>(variant.types.out),

@@ -55,8 +55,10 @@ UninterruptedLaunches::~UninterruptedLaunches() {
 }
 
 void launch_with(const Kernel& kernel, const Launch& launch, void** argument_addresses) {
-  static constexpr CUlaunchAttribute overlaps{.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                                              .value = {.programmaticStreamSerializationAllowed = 1}};
+  const CUlaunchAttribute attributes[] = {
+      {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+       .value = {.programmaticStreamSerializationAllowed = 1}},
+      {.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, .value = {.clusterDim = {launch.cluster_blocks, 1, 1}}}};
   const CUlaunchConfig config{
       .gridDimX = launch.grid.x,
       .gridDimY = launch.grid.y,
@@ -66,8 +68,8 @@ void launch_with(const Kernel& kernel, const Launch& launch, void** argument_add
       .blockDimZ = launch.block.z,
       .sharedMemBytes = static_cast<unsigned>(kernel.shared_bytes),
       .hStream = launch.stream,
-      .attrs = &overlaps,
-      .numAttrs = 1,
+      .attrs = attributes,
+      .numAttrs = launch.cluster_blocks > 1 ? 2U : 1U,
   };
   std::shared_lock lock(launching, std::defer_lock);
   if (!is_uninterrupted) lock.lock();

@@ -71,6 +71,7 @@ struct Launch {
   Extent grid;   ///< in blocks
   Extent block;  ///< in threads
   CUstream stream = nullptr;
+  unsigned cluster_blocks = 1;  ///< of the grid's first dimension, a multiple of it
 };
 
 /// While one exists, no other thread of the process launches a kernel: nothing comes between those of this one, on

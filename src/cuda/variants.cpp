@@ -34,7 +34,16 @@ ForwardVariant variant_of(const VariantChoice& choice) {
   variant.scores = choice.scores;
   variant.gather = choice.gather;
   variant.splits = choice.splits;
+  // Not those that are alike, since batch-invariant calls cut keys as plain ones do not.
+  variant.plain = choice.plain && !choice.alike;
   return variant;
+}
+
+/// Blocks of threads that have a tile together. Gathered rows are not fetched for others, nor prepared ones consumed by
+/// them, and small heads need fewer keys at a time than they take to agree upon them.
+int cluster_blocks_for(const ForwardVariant& variant, const VariantChoice& choice) {
+  const bool possible = variant.plain && !variant.gather && !variant.splits && !choice.few_rows && !variant.prepares();
+  return choice.clusters && possible && variant.warpgroups == 2 ? 2 : 1;
 }
 
 /// The most keys of a block that registers and shared memory hold.
@@ -78,6 +87,7 @@ ForwardVariant begin_variant(const VariantChoice& choice) {
   const bool small = std::max(variant.head_dim, variant.head_dim_v) <= 64;
   variant.warpgroups = choice.few_rows ? 1 : small && !choice.gather && !choice.splits && !variant.widens() ? 3 : 2;
   variant.stages = 2;
+  variant.cluster_blocks = cluster_blocks_for(variant, choice);
   if (variant.prepares()) variant.fetched_stages = 2;
   return variant;
 }
@@ -281,6 +291,7 @@ std::uint64_t key_of(const ForwardVariant& v) {
   append(v.transposed_rows / 16, 3);
   append(v.qv, 1);
   append(v.e4m3, 1);
+  append(v.cluster_blocks, 2);
   append(v.plain, 1);
   return key;
 }
@@ -293,22 +304,23 @@ KernelSource source_of(const ForwardVariant& v) {
                      v.tile_rows(), "_keys", v.block_keys, v.stream() ? join("_warps", v.stream_warps()) : "",
                      v.transposed() ? join("_scorers", v.scorers()) : "",
                      v.scores == Scores::products ? "" : join("_", name_of(v.scores)), v.widens() ? "_widened" : "",
-                     v.gather ? "_gather" : "", v.splits ? "_splits" : "", v.plain ? "_plain" : "");
-  source.text =
-      join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(), ", 1)\n",
-           source.name,
-           "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n"
-           "  constexpr mate::cuda::ForwardVariant variant{\n",
-           "      .types = {mate::ElementType::", name_of(v.types.query), ", mate::ElementType::", name_of(v.types.key),
-           ", mate::ElementType::", name_of(v.types.out), "},\n", "      .head_dim = ", v.head_dim, ",\n",
-           "      .head_dim_v = ", v.head_dim_v, ",\n", "      .warpgroups = ", v.warpgroups, ",\n",
-           "      .block_keys = ", v.block_keys, ",\n", "      .stages = ", v.stages, ",\n",
-           "      .fetched_stages = ", v.fetched_stages, ",\n", "      .q_stages = ", v.q_stages, ",\n",
-           "      .scores = mate::cuda::Scores::", name_of(v.scores), ",\n", "      .gather = ", flag(v.gather), ",\n",
-           "      .splits = ", flag(v.splits), ",\n", "      .wide = ", flag(v.wide), ",\n",
-           "      .stream_rows = ", v.stream_rows, ",\n", "      .transposed_rows = ", v.transposed_rows, ",\n",
-           "      .qv = ", flag(v.qv), ",\n", "      .e4m3 = ", flag(v.e4m3), ",\n", "      .plain = ", flag(v.plain),
-           "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
+                     v.gather ? "_gather" : "", v.splits ? "_splits" : "", v.cluster_blocks > 1 ? "_clusters" : "",
+                     v.plain ? "_plain" : "");
+  source.text = join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(),
+                     ", 1)\n", source.name,
+                     "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n"
+                     "  constexpr mate::cuda::ForwardVariant variant{\n",
+                     "      .types = {mate::ElementType::", name_of(v.types.query),
+                     ", mate::ElementType::", name_of(v.types.key), ", mate::ElementType::", name_of(v.types.out),
+                     "},\n", "      .head_dim = ", v.head_dim, ",\n", "      .head_dim_v = ", v.head_dim_v, ",\n",
+                     "      .warpgroups = ", v.warpgroups, ",\n", "      .block_keys = ", v.block_keys, ",\n",
+                     "      .stages = ", v.stages, ",\n", "      .fetched_stages = ", v.fetched_stages, ",\n",
+                     "      .q_stages = ", v.q_stages, ",\n", "      .scores = mate::cuda::Scores::", name_of(v.scores),
+                     ",\n", "      .gather = ", flag(v.gather), ",\n", "      .splits = ", flag(v.splits), ",\n",
+                     "      .wide = ", flag(v.wide), ",\n", "      .stream_rows = ", v.stream_rows, ",\n",
+                     "      .transposed_rows = ", v.transposed_rows, ",\n", "      .qv = ", flag(v.qv), ",\n",
+                     "      .e4m3 = ", flag(v.e4m3), ",\n", "      .cluster_blocks = ", v.cluster_blocks, ",\n",
+                     "      .plain = ", flag(v.plain), "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
   source.shared_bytes = v.shared_bytes();
   return source;
 }
@@ -380,11 +392,13 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
       choice.transposed_rows = transposed_rows_for(choice.few_rows ? rows : 64);
       choice.stream_rows = choice.few_rows ? stream_rows_for(types, head_dim, head_dim_v, rows) : 0;
       if (choice.stream_rows > 0 && !choice.splits) continue;  // likewise
-      ForwardVariant variant = choose_variant(choice);
-      add(source_of(variant));
-      variant.plain = may_be_plain(choice);
-      add(source_of(variant));
-      if (variant.splits) add(scheduler_metadata_source(variant.block_keys));
+      for (const auto& [plain, clusters] : {std::pair{false, false}, {true, false}, {true, true}}) {
+        choice.plain = plain;
+        choice.clusters = clusters;
+        const ForwardVariant variant = choose_variant(choice);
+        add(source_of(variant));
+        if (variant.splits) add(scheduler_metadata_source(variant.block_keys));
+      }
     }
   }
   for (const ElementType added : {types.query, types.key}) add(append_source({types.query, added, types.key}));

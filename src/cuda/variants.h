@@ -24,6 +24,8 @@ struct VariantChoice {
       false;           ///< a block of keys is as wide as a tile is high: one lies on the diagonal, and few keys fill it
   bool alike = false;  ///< who adds up what does not depend on what else is chosen, so that bits do not
   bool qv = false;     ///< there are queries of values
+  bool plain = false;  ///< the call asks for nothing rare (is_plain)
+  bool clusters = false;  ///< tiles may be those of clusters of blocks of threads
 };
 
 /// How many packed rows of a sequence the kernel of stream.h can take for tensors of these types and head sizes: 0
@@ -38,10 +40,6 @@ int transposed_rows_for(std::int64_t rows);
 
 /// The largest tiles that registers and shared memory hold.
 ForwardVariant choose_variant(const VariantChoice& choice);
-
-/// Whether there is a plain variant too: not of those that are alike, since batch-invariant calls cut keys as plain
-/// ones do not.
-constexpr bool may_be_plain(const VariantChoice& choice) { return !choice.alike; }
 
 /// What tells variants apart, in a number.
 std::uint64_t key_of(const ForwardVariant& variant);

@@ -491,7 +491,7 @@ TEST(Variants, HaveKeysOfTheirOwn) {
   for (const TensorTypes& of_call : types) {
     for (const int head_dim : {16, 72, 128, 192, 256, 272, 512}) {
       for (const int head_dim_v : {16, 64, 128, 256, 512}) {
-        for (int flags = 0; flags < 512; ++flags) {
+        for (int flags = 0; flags < 1024; ++flags) {
           VariantChoice choice{head_dim, head_dim_v, of_call};
           choice.scores = (flags & 1) == 0 ? Scores::products : (flags & 256) == 0 ? Scores::capped : Scores::scaled;
           choice.gather = (flags & 2) != 0;
@@ -500,12 +500,13 @@ TEST(Variants, HaveKeysOfTheirOwn) {
           choice.narrow = (flags & 16) != 0;
           choice.alike = (flags & 32) != 0;
           choice.qv = (flags & 64) != 0;
+          choice.plain = (flags & 128) != 0;
+          choice.clusters = (flags & 512) != 0;
           for (const int rows : {8, 16, 32, 64}) {
             choice.transposed_rows = transposed_rows_for(rows);
             choice.stream_rows =
                 choice.few_rows && choice.splits ? stream_rows_for(of_call, head_dim, head_dim_v, rows) : 0;
-            ForwardVariant variant = choose_variant(choice);
-            variant.plain = (flags & 128) != 0;
+            const ForwardVariant variant = choose_variant(choice);
             const std::string program = source_of(variant).text;
             const auto [known, is_new] = programs.emplace(key_of(variant), program);
             ASSERT_EQ(known->second, program);

@@ -25,12 +25,16 @@ class RandomCall {
 
   enum class Kind {
     any,
-    mixed,  ///< a prompt, and sequences of a few queries at most, over pages that have room for far more keys
-    plain   ///< nothing rare, for which a GPU has other kernels: see is_plain in forward_arguments.h
+    mixed,   ///< a prompt, and sequences of a few queries at most, over pages that have room for far more keys
+    plain,   ///< nothing rare, for which a GPU has other kernels: see is_plain in forward_arguments.h
+    prompts  ///< the same of so many rows that clusters of a GPU's multiprocessors may have them together
   };
 
   explicit RandomCall(std::uint64_t seed, Kind kind = Kind::any)
-      : random_(seed), mixed_(kind == Kind::mixed), plain_(kind == Kind::plain) {
+      : random_(seed),
+        mixed_(kind == Kind::mixed),
+        plain_(kind == Kind::plain || kind == Kind::prompts),
+        prompts_(kind == Kind::prompts) {
     draw_sizes();
     draw_scores();
     draw_queries();
@@ -59,10 +63,26 @@ class RandomCall {
     most_k_ = long_keys_ ? 400 : 30;
 
     const DLDataType narrow = random_.chance(0.5) ? bfloat16 : float16;
+    if (prompts_) {
+      draw_prompts(narrow);
+      return;
+    }
     q_type_ = random_.one_of<DLDataType>({float32, float16, bfloat16, float8_e4m3fn, narrow});
     const bool quantised_cache = q_type_ == narrow && random_.chance(0.4);
     k_type_ = quantised_cache ? float8_e4m3fn : q_type_;
     out_type_ = q_type_ == float8_e4m3fn ? narrow : q_type_;
+  }
+
+  void draw_prompts(DLDataType type) {
+    batch_ = random_.integer(1, 2);
+    heads_k_ = random_.integer(1, 2);
+    group_ = random_.one_of<std::int64_t>({1, 2, 2, 4});
+    d_ = random_.one_of<std::int64_t>({72, 96, 128, 192, 256});
+    dv_ = random_.chance(0.7) ? d_ : random_.one_of<std::int64_t>({40, 128});
+    least_q_ = 129;
+    most_q_ = 300;
+    most_k_ = 500;
+    q_type_ = k_type_ = out_type_ = type;
   }
 
   /// Half of them are multiples of 8, or of 64 where they are large: the copy engine takes those, others are gathered.
@@ -101,7 +121,7 @@ class RandomCall {
   void draw_queries() {
     AttentionArguments& a = arguments;
     const bool ragged = mixed_ || random_.chance(0.4);
-    std::int64_t rows = random_.integer(0, most_q_);
+    std::int64_t rows = random_.integer(least_q_, most_q_);
     Integers lengths(batch_, rows);
     if (ragged) {
       lengths = draw_lengths(mixed_ ? random_.integer(1, 3) : most_q_);
@@ -118,7 +138,7 @@ class RandomCall {
     if (ragged || random_.chance(0.2)) a.max_seqlen_q = longest(lengths) + random_.integer(0, 2);
     std::vector<std::int64_t> shape(a.q.shape(), a.q.shape() + a.q.ndim());
     shape.back() = dv_;
-    if (random_.chance(0.25)) a.qv = tensor(q_type_, shape);
+    if (!prompts_ && random_.chance(0.25)) a.qv = tensor(q_type_, shape);
     a.out = tensor(out_type_, shape);
     if (random_.chance(0.8)) {
       a.lse = ragged ? tensor_of_any_order(float32, {heads_q(), rows})
@@ -130,7 +150,8 @@ class RandomCall {
     AttentionArguments& a = arguments;
     const auto storage = mixed_ ? Storage::paged : static_cast<Storage>(random_.integer(0, 2));
     const bool appends = storage != Storage::ragged && random_.chance(0.4);
-    const std::int64_t page_size = random_.one_of<std::int64_t>({1, 2, 3, 16, 64, 100});
+    const std::int64_t page_size =
+        prompts_ ? random_.one_of<std::int64_t>({16, 64}) : random_.one_of<std::int64_t>({1, 2, 3, 16, 64, 100});
 
     Integers capacity =
         storage == Storage::ragged ? draw_lengths(most_k_) : Integers(batch_, random_.integer(0, most_k_));
@@ -369,7 +390,8 @@ class RandomCall {
   Random random_;
   bool mixed_;
   bool plain_;
-  std::int64_t batch_ = 0, heads_k_ = 1, group_ = 1, d_ = 1, dv_ = 1, most_q_ = 1, most_k_ = 1;
+  bool prompts_;
+  std::int64_t batch_ = 0, heads_k_ = 1, group_ = 1, d_ = 1, dv_ = 1, least_q_ = 0, most_q_ = 1, most_k_ = 1;
   bool long_keys_ = false;
   DLDataType q_type_{}, k_type_{}, out_type_{};
   Integers used_;  ///< keys in use of each sequence

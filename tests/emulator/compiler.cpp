@@ -55,9 +55,6 @@ int nvrtcCreateProgram(Program** program, const char* text, const char* name, in
     write(created->folder / header, headers[i]);
   }
   write(created->folder / "kernel.cpp", "#include \"device.h\"\n" + std::string(text) + R"(
-namespace mate::cuda {
-alignas(1024) unsigned char memory[227 * 1024];
-}
 template <typename... Parameters, std::size_t... i>
 void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<i...>) {
   kernel(*static_cast<std::remove_const_t<Parameters>*>(arguments[i])...);

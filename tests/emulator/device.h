@@ -33,6 +33,7 @@ struct alignas(16) Parcel {
 
 extern "C" {
 extern Index emulator_thread, emulator_block, emulator_block_size, emulator_grid_size;
+extern int emulator_block_of_cluster;
 
 /// Lets the other threads of the block run.
 void emulator_yield();
@@ -40,6 +41,10 @@ void emulator_yield();
 const Parcel* emulator_exchange(const Parcel* mine);
 /// Arrives at a barrier of `threads` threads, and waits for the others if it is to.
 void emulator_arrive(int barrier, int threads, bool waits);
+/// Waits for all threads of the cluster.
+void emulator_cluster_sync();
+/// The shared memory of a block of the cluster.
+unsigned char* emulator_memory_of(int block);
 }
 
 /// Named barriers are 0 to 15; beyond them there is one for each warpgroup.
@@ -154,7 +159,7 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   return result;
 }
 
-// The blocks of a grid run one after another.
+// The clusters of a grid run one after another.
 
 template <typename T>
 T __ldcg(const T* address) {
@@ -167,6 +172,6 @@ inline int atomicAdd(int* address, int value) {
 }
 
 namespace mate::cuda {
-/// The shared memory of a block.
+/// The shared memory of the block that runs.
 extern unsigned char memory[];
 }  // namespace mate::cuda

@@ -1,5 +1,6 @@
 // A CUDA driver (libcuda.so.1) whose one GPU is the CPU: memory is the process's own, and kernels are what compiler.cpp
-// has made of them. The blocks of a grid run one after another, the threads of a block in turns, each until it waits.
+// has made of them. The clusters of a grid, most of them of one block, run one after another, the threads of a cluster
+// in turns, each until it waits.
 #include "cuda/driver.h"
 
 #include <dlfcn.h>
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/kernels/forward_variant.h"
 #include "device.h"
 #include "tensor_description.h"
 
@@ -20,6 +22,11 @@ using namespace mate::cuda;
 
 extern "C" {
 Index emulator::emulator_thread, emulator::emulator_block, emulator::emulator_block_size, emulator::emulator_grid_size;
+int emulator::emulator_block_of_cluster;
+}
+
+namespace mate::cuda {
+alignas(1024) unsigned char memory[most_shared_bytes];
 }
 
 namespace {
@@ -29,36 +36,35 @@ using Kernel = void (*)(void** arguments);
 constexpr int multiprocessors = 4;
 constexpr int l2_bytes = 50 << 20;
 
-/// A block of threads while it runs.
-class Block {
+/// A cluster of blocks of threads while it runs.
+class Cluster {
  public:
-  Block(Kernel kernel, void** arguments, int threads)
-      : kernel_(kernel), arguments_(arguments), threads_(threads), warps_((threads + warp_lanes - 1) / warp_lanes) {}
+  Cluster(Kernel kernel, void** arguments, Index first_block, int blocks, int threads)
+      : kernel_(kernel), arguments_(arguments), first_block_(first_block) {
+    for (int i = 0; i < blocks; ++i) blocks_.emplace_back(threads);
+  }
 
   void run() {
     running_ = this;
-    for (int i = 0; i < static_cast<int>(threads_.size()); ++i) start(i);
-    int left = static_cast<int>(threads_.size());
-    for (int idle_rounds = 0; left > 0; ++idle_rounds) {
+    left_ = 0;
+    for (current_ = 0; current_ < static_cast<int>(blocks_.size()); ++current_) {
+      for (int i = 0; i < static_cast<int>(block().threads.size()); ++i) start(i);
+    }
+    for (int idle_rounds = 0; left_ > 0; ++idle_rounds) {
       if (idle_rounds > most_idle_rounds) die("threads wait for each other");
-      for (current_ = 0; current_ < static_cast<int>(threads_.size()); ++current_) {
-        Thread& thread = threads_[current_];
-        if (thread.ended) continue;
-        emulator_thread = {static_cast<unsigned>(current_), 0, 0};
-        swapcontext(&scheduler_, &thread.context);
-        if (thread.ended) --left;
-      }
+      for (current_ = 0; current_ < static_cast<int>(blocks_.size()); ++current_) run_block();
       if (std::exchange(moved_, false)) idle_rounds = 0;
     }
   }
 
-  void yield() { swapcontext(&threads_[current_].context, &scheduler_); }
+  void yield() { swapcontext(&block().threads[block().current].context, &scheduler_); }
 
   const Parcel* exchange(const Parcel& mine) {
-    Warp& warp = warps_[current_ / warp_lanes];
+    const int thread = block().current;
+    Warp& warp = block().warps[thread / warp_lanes];
     const unsigned round = warp.round;
     Parcel* const parcels = warp.parcels[round % 2];
-    parcels[current_ % warp_lanes] = mine;
+    parcels[thread % warp_lanes] = mine;
     if (++warp.arrived == warp_lanes) {
       warp.arrived = 0;
       ++warp.round;
@@ -68,23 +74,18 @@ class Block {
     return parcels;
   }
 
-  void arrive(int id, int threads, bool waits) {
-    Barrier& barrier = barriers_[id];
-    const unsigned round = barrier.round;
-    if (++barrier.arrived == threads) {
-      barrier.arrived = 0;
-      ++barrier.round;
-      moved_ = true;
-    }
-    while (waits && barrier.round == round) yield();
-  }
+  void arrive(int id, int threads, bool waits) { arrive(block().barriers[id], threads, waits); }
+  void sync() { arrive(all_, static_cast<int>(blocks_.size() * block().threads.size()), true); }
 
-  static Block& running() { return *running_; }
+  unsigned char* memory_of(int number) { return number == current_ ? memory : blocks_[number].memory.data(); }
+
+  static Cluster& running() { return *running_; }
 
  private:
   static constexpr int most_idle_rounds = 10000;
   static constexpr std::size_t stack_bytes = 256 * 1024;
   static constexpr int most_threads = 1024;
+  static constexpr int most_blocks = 2;
 
   struct Thread {
     ucontext_t context;
@@ -99,48 +100,94 @@ class Block {
     int arrived = 0;
     unsigned round = 0;
   };
+  struct Block {
+    std::vector<Thread> threads;
+    std::vector<Warp> warps;
+    Barrier barriers[first_warpgroup_barrier + most_threads / 128];
+    std::vector<unsigned char> memory;  ///< while another block of the cluster runs
+    int current = 0;                    ///< thread
+
+    explicit Block(int count)
+        : threads(count), warps((count + warp_lanes - 1) / warp_lanes), memory(sizeof(mate::cuda::memory)) {}
+  };
+
+  Block& block() { return blocks_[current_]; }
 
   void start(int thread) {
-    static char* const stacks = static_cast<char*>(mmap(nullptr, stack_bytes * most_threads, PROT_READ | PROT_WRITE,
-                                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    ucontext_t& context = threads_[thread].context;
+    static char* const stacks =
+        static_cast<char*>(mmap(nullptr, stack_bytes * most_threads * most_blocks, PROT_READ | PROT_WRITE,
+                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    ucontext_t& context = block().threads[thread].context;
     getcontext(&context);
-    context.uc_stack.ss_sp = stacks + stack_bytes * thread;
+    context.uc_stack.ss_sp = stacks + stack_bytes * (most_threads * current_ + thread);
     context.uc_stack.ss_size = stack_bytes;
     context.uc_link = nullptr;
     makecontext(
         &context, [] { running_->run_thread(); }, 0);
+    ++left_;
+  }
+
+  /// Runs each thread of the current block until it waits.
+  void run_block() {
+    const bool swaps = blocks_.size() > 1;
+    if (swaps) std::memcpy(memory, block().memory.data(), sizeof(memory));
+    emulator_block = first_block_;
+    emulator_block.x += static_cast<unsigned>(current_);
+    emulator_block_of_cluster = current_;
+    for (int i = 0; i < static_cast<int>(block().threads.size()); ++i) {
+      Thread& thread = block().threads[i];
+      if (thread.ended) continue;
+      block().current = i;
+      emulator_thread = {static_cast<unsigned>(i), 0, 0};
+      swapcontext(&scheduler_, &thread.context);
+    }
+    if (swaps) std::memcpy(block().memory.data(), memory, sizeof(memory));
   }
 
   void run_thread() {
     kernel_(arguments_);
-    threads_[current_].ended = true;
+    block().threads[block().current].ended = true;
+    --left_;
     moved_ = true;
     yield();
   }
 
+  void arrive(Barrier& barrier, int threads, bool waits) {
+    const unsigned round = barrier.round;
+    if (++barrier.arrived == threads) {
+      barrier.arrived = 0;
+      ++barrier.round;
+      moved_ = true;
+    }
+    while (waits && barrier.round == round) yield();
+  }
+
   [[noreturn]] void die(const char* reason) const {
-    std::fprintf(stderr, "block %u of %u: %s; those of warps", emulator_block.x, emulator_grid_size.x, reason);
-    for (std::size_t i = 0; i < threads_.size(); i += warp_lanes) {
-      if (!threads_[i].ended) std::fprintf(stderr, " %zu", i / warp_lanes);
+    std::fprintf(stderr, "block %u of %u: %s; those of warps", first_block_.x, emulator_grid_size.x, reason);
+    for (const Block& block : blocks_) {
+      for (std::size_t i = 0; i < block.threads.size(); i += warp_lanes) {
+        if (!block.threads[i].ended) std::fprintf(stderr, " %zu", i / warp_lanes);
+      }
+      std::fprintf(stderr, ";");
     }
     std::fprintf(stderr, "\n");
     std::abort();
   }
 
-  static Block* running_;
+  static Cluster* running_;
 
   Kernel kernel_;
   void** arguments_;
-  std::vector<Thread> threads_;
-  std::vector<Warp> warps_;
-  Barrier barriers_[first_warpgroup_barrier + most_threads / 128];
+  Index first_block_;
+  std::vector<Block> blocks_;
+  Barrier all_;
   ucontext_t scheduler_{};
-  int current_ = 0;
+  int current_ = 0;     ///< block
+  int left_ = 0;        ///< threads
   bool moved_ = false;  ///< something that others may wait for
 };
 
-Block* Block::running_ = nullptr;
+Cluster* Cluster::running_ = nullptr;
 
 /// What handles point to: nothing looks there.
 int anything;
@@ -154,11 +201,13 @@ Handle some() {
 
 extern "C" {
 
-void emulator::emulator_yield() { Block::running().yield(); }
-const Parcel* emulator::emulator_exchange(const Parcel* mine) { return Block::running().exchange(*mine); }
+void emulator::emulator_yield() { Cluster::running().yield(); }
+const Parcel* emulator::emulator_exchange(const Parcel* mine) { return Cluster::running().exchange(*mine); }
 void emulator::emulator_arrive(int barrier, int threads, bool waits) {
-  Block::running().arrive(barrier, threads, waits);
+  Cluster::running().arrive(barrier, threads, waits);
 }
+void emulator::emulator_cluster_sync() { Cluster::running().sync(); }
+unsigned char* emulator::emulator_memory_of(int block) { return Cluster::running().memory_of(block); }
 
 #define MATE_DRIVER_FUNCTION(name, parameters, ...) \
   CUresult name parameters {                        \
@@ -236,10 +285,16 @@ CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, const char*) {
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void**) {
   emulator_block_size = {config->blockDimX, config->blockDimY, config->blockDimZ};
   emulator_grid_size = {config->gridDimX, config->gridDimY, config->gridDimZ};
+  unsigned blocks = 1;  // of a cluster
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) blocks = config->attrs[i].value.clusterDim.x;
+  }
+  if (config->gridDimX % blocks != 0) return CUDA_ERROR_INVALID_VALUE;
   for (unsigned y = 0; y < config->gridDimY; ++y) {
-    for (unsigned x = 0; x < config->gridDimX; ++x) {
-      emulator_block = {x, y, 0};
-      Block(reinterpret_cast<Kernel>(function), arguments, static_cast<int>(config->blockDimX)).run();
+    for (unsigned x = 0; x < config->gridDimX; x += blocks) {
+      Cluster(reinterpret_cast<Kernel>(function), arguments, {x, y, 0}, static_cast<int>(blocks),
+              static_cast<int>(config->blockDimX))
+          .run();
     }
   }
   return CUDA_SUCCESS;

@@ -114,10 +114,10 @@ void judge_calls(testing::RandomCall::Kind kind, std::uint64_t otherwise) {
 TEST_F(EmulatedGpu, PlainCallsHaveKernelsOfTheirOwn) {
   constexpr std::int64_t heads = 2;
   constexpr std::int64_t size = 176;
-  const auto kernels_of = [](bool with_sink) {
+  const auto kernels_of = [](bool with_sink, std::int64_t rows) {
     testing::Memory memory;
     AttentionArguments a;
-    for (Tensor* tensor : {&a.q, &a.k, &a.v, &a.out}) *tensor = memory.tensor(bfloat16, {1, 5, heads, size});
+    for (Tensor* tensor : {&a.q, &a.k, &a.v, &a.out}) *tensor = memory.tensor(bfloat16, {1, rows, heads, size});
     for (const Tensor& input : {a.q, a.k, a.v}) testing::fill(input, [] { return 1.0; });
     if (with_sink) {
       a.learnable_sink = memory.tensor(float32, {heads});
@@ -130,8 +130,9 @@ TEST_F(EmulatedGpu, PlainCallsHaveKernelsOfTheirOwn) {
     unsetenv("MATE_LOG");
     return ::testing::internal::GetCapturedStderr();
   };
-  EXPECT_NE(kernels_of(false).find("_plain"), std::string::npos);
-  const std::string of_other = kernels_of(true);
+  EXPECT_NE(kernels_of(false, 5).find("_plain"), std::string::npos);
+  EXPECT_NE(kernels_of(false, 256).find("_clusters"), std::string::npos);
+  const std::string of_other = kernels_of(true, 5);
   EXPECT_NE(of_other.find("stream_"), std::string::npos) << of_other;
   EXPECT_EQ(of_other.find("_plain"), std::string::npos) << of_other;
 }
@@ -203,6 +204,8 @@ TEST_F(EmulatedGpu, NewKeysOfManySequencesArePacked) {
 TEST_F(EmulatedGpu, MatchesTheReference) { judge_calls(testing::RandomCall::Kind::any, 60); }
 
 TEST_F(EmulatedGpu, MatchesTheReferenceInPlainCalls) { judge_calls(testing::RandomCall::Kind::plain, 30); }
+
+TEST_F(EmulatedGpu, MatchesTheReferenceInPrompts) { judge_calls(testing::RandomCall::Kind::prompts, 12); }
 
 /// Sequences of all kinds, and of prompts beside few queries.
 TEST_F(EmulatedGpu, IsBatchInvariantWhereAsked) {

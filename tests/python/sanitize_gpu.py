@@ -67,11 +67,11 @@ def calls() -> list[Call]:
 
 
 def several_tiles(kind: Kind, causal: bool) -> Call:
-    """A call with several tiles of queries for each head, of several blocks of keys."""
+    """A call with several tiles of queries for each head, which may be those of clusters, of several blocks of keys."""
     numbers = torch.Generator().manual_seed(SEED)
-    shapes = {"q": (1, 300, 4, kind.head_size), "k": (1, 400, 2, kind.head_size), "v": (1, 400, 2, kind.head_size_v)}
+    shapes = {"q": (1, 370, 4, kind.head_size), "k": (1, 400, 2, kind.head_size), "v": (1, 400, 2, kind.head_size_v)}
     if kind.qv:
-        shapes["qv"] = (1, 300, 4, kind.head_size_v)
+        shapes["qv"] = (1, 370, 4, kind.head_size_v)
     types = {"k": kind.key_type, "v": kind.key_type}
     tensors = {
         name: torch.randn(shape, generator=numbers).to(types.get(name, kind.dtype)) for name, shape in shapes.items()

@@ -447,6 +447,27 @@ def test_few_tiles_of_many_parts(
     check(cached(lengths, q=q, k_cache=keys, v_cache=values, **arguments), mate)
 
 
+@pytest.mark.parametrize("sizes", [(128, 128), (256, 256), (192, 128)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
+@pytest.mark.parametrize("page_size", [None, 16, 64])
+@pytest.mark.parametrize("options", [{"causal": False}, {}, {"causal": False, "window_size": (300, 100)}], ids=str)
+def test_blocks_of_threads_that_fetch_keys_for_each_other(
+    mate: ModuleType, device: str, sizes: tuple, heads: tuple, page_size: Optional[int], options: dict
+) -> None:
+    """Tiles of clusters, most of them: the last one of a sequence is half empty."""
+    lengths, rows, capacity = (960, 640, 130, 0), 640, 1024
+    (heads_q, heads_k), (size, size_v) = heads, sizes
+    slots = (len(lengths), capacity) if page_size is None else (len(lengths) * capacity // page_size, page_size)
+    arguments: dict[str, Any] = {
+        "q": randn(len(lengths), rows, heads_q, size),
+        "k_cache": randn(*slots, heads_k, size),
+        "v_cache": randn(*slots, heads_k, size_v),
+    }
+    if page_size is not None:
+        arguments["page_table"] = torch.randperm(slots[0], device=DEVICE).to(torch.int32).view(len(lengths), -1)
+    check(cached(lengths, num_splits=1, **arguments, **options), mate)
+
+
 @pytest.mark.parametrize("rows", [1, 4, 16, 100])
 @pytest.mark.parametrize("heads", [8, 128])
 def test_parts_of_long_sequences_do_not_depend_on_the_batch(

@@ -234,6 +234,16 @@ class Consumer {
   }
   __device__ void await_queries(TilePlace tile) const { await(shared_.q, queries_of(tile)); }
 
+  /// Each warp that has done with a block of keys or values says so, to whoever fetches into its buffer.
+  __device__ static void release_block(ptx::Mbarrier& empty) {
+    if constexpr (variant.cluster_blocks > 1) {
+      const int lane = threadIdx.x % 32;
+      if (lane < variant.cluster_blocks) ptx::arrive_in(lane, empty);
+    } else {
+      release(empty);
+    }
+  }
+
   /// After the scores of block n of a tile: its queries are needed no more after the first block, which comes last.
   __device__ void release_queries_at(TilePlace tile, int n) {
     if (n > work_of(tile).blocks.begin) return;
@@ -276,7 +286,11 @@ __device__ __forceinline__ void run(const ForwardArguments& given) {
     shared.init();
   }
   let_next_begin_at_once(a);
-  __syncthreads();
+  if constexpr (variant.cluster_blocks > 1) {
+    ptx::cluster_sync();
+  } else {
+    __syncthreads();
+  }
   if constexpr (variant.splits) {
     if (counts_together(a.problem)) {  // once lengths are what they will be: nothing of them is kept
       await_inputs(a);
@@ -297,9 +311,9 @@ __device__ __forceinline__ void run(const ForwardArguments& given) {
         ptx::set_registers<variant.producer_registers(), variant.registers_at_start()>();
       if (warp == 0) {
         if constexpr (variant.splits) {
-          schedule<variant, SplitScheduler<variant>>(a, shared);
+          schedule(a, shared, SplitScheduler<variant>(a));
         } else {
-          schedule<variant, TileScheduler<variant>>(a, shared);
+          schedule(a, shared, TileScheduler<variant>(a, shared));
         }
       } else {
         await_inputs(a);
@@ -325,6 +339,7 @@ __device__ __forceinline__ void run(const ForwardArguments& given) {
   }
   if (threadIdx.x < 32) clear_rows_of_no_tile<variant>(a);  // the scheduler, which is done first
   await_prefills(a);
+  if constexpr (variant.cluster_blocks > 1) ptx::cluster_sync();  // others may yet arrive at this block's barriers
 }
 
 }  // namespace mate::cuda

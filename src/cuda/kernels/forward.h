@@ -25,6 +25,11 @@
 // So the matrix units work while weights are made: a consumer starts both products only when the one before it has
 // started its own, so that they stay a step apart, and one makes weights while another multiplies. Registers move from
 // the producers to the consumers (setmaxnreg): a consumer holds its 64 rows of scores, weights and sums in them.
+//
+// Two blocks of threads may have a tile together, a cluster (ForwardVariant::cluster_blocks), each half of its rows.
+// Either fetches half of each block of keys, and of values, into the shared memory of both, so that the L2 cache is
+// read half as often. k.empty and v.empty then wait for the consumers of both, who release buffers in both, and the
+// scheduler of the first takes tiles and tells the other which.
 #pragma once
 
 #include "carried_sums.h"
@@ -67,6 +72,7 @@ class ForwardConsumer : Consumer<variant> {
   using Consumer<variant>::key_matrix;
   using Consumer<variant>::next_;
   using Consumer<variant>::query_matrix;
+  using Consumer<variant>::release_block;
   using Consumer<variant>::release_queries_at;
   using Consumer<variant>::release_tile;
   using Consumer<variant>::replaces_sums;
@@ -170,7 +176,7 @@ class ForwardConsumer : Consumer<variant> {
         start_values(weights, sums, value_matrix(next_.before(1)), any_sums);
         ptx::wgmma_wait<0>();
         ptx::hold(sums);
-        if (skips) release(shared_.v[0].empty[next_.before(1).stage()]);
+        if (skips) release_block(shared_.v[0].empty[next_.before(1).stage()]);
       }
       if (ends_part) {
         carried.add_to(sums, finished);
@@ -204,7 +210,7 @@ class ForwardConsumer : Consumer<variant> {
       if (begin_turn()) pass_turn();
       release_keys();
       release_queries_at(tile, n);
-      release(shared_.v[0].empty[next_.before(1).stage()]);
+      release_block(shared_.v[0].empty[next_.before(1).stage()]);
     }
     release_tile(tile);
   }
@@ -238,7 +244,7 @@ class ForwardConsumer : Consumer<variant> {
   __device__ void finish_values(Sums sums) {
     ptx::wgmma_wait<0>();
     ptx::hold(sums);
-    release(shared_.v[0].empty[next_.before(2).stage()]);
+    release_block(shared_.v[0].empty[next_.before(2).stage()]);
   }
 
   /// Waits for this consumer's turn. The first block of all is everybody's at once: then there is none, and false.
@@ -262,7 +268,7 @@ class ForwardConsumer : Consumer<variant> {
   }
 
   __device__ void release_keys() {
-    release(shared_.k.empty[next_.stage()]);
+    release_block(shared_.k.empty[next_.stage()]);
     next_.advance();
   }
 };

@@ -195,8 +195,8 @@ class ForwardLoader {
       ptx::load_box(tile, map, barrier, policy, 0, box.row[0], chunk, head, box.slot[0]);
     } else {
       const int rows = variant.stream() ? a_.box_keys : variant.block_keys;
-      load_keys<key_bytes>(tile, rows * chunk_row_bytes, first_column, columns, map, barrier, policy, head, box.row[0],
-                           box.slot[0]);
+      load_keys<key_bytes, variant.cluster_blocks>(tile, rows * chunk_row_bytes, first_column, columns, map, barrier,
+                                                   policy, head, box.row[0], box.slot[0]);
     }
   }
 
@@ -205,11 +205,22 @@ class ForwardLoader {
   __device__ void fetch(const TileWork& work, unsigned char* tile, int first_column, const TensorMap& map,
                         bool all_chunks, ptx::Mbarrier& barrier, const Places& box) {
     const ptx::CachePolicy policy = policy_for(work);
+    const int lane = threadIdx.x % 32;
+    if constexpr (variant.cluster_blocks > 1) {
+      const int count = divide(a_.boxes, variant.cluster_blocks);
+      const int first = ptx::block_of_cluster() * count;
+      Places own = box;
+      if (!a_.problem.keys.paged()) own.row[0] += lane * a_.box_keys;
+      if (lane >= first && lane < first + count) {
+        fetch_box<columns>(policy, tile + lane * a_.box_keys * chunk_row_bytes, first_column, map, all_chunks, barrier,
+                           work.head_k, own);
+      }
+      return;
+    }
     if (!a_.problem.keys.paged()) {
       if (first_lane()) fetch_box<columns>(policy, tile, first_column, map, all_chunks, barrier, work.head_k, box);
       return;
     }
-    const int lane = threadIdx.x % 32;
     if (lane < a_.boxes) {
       constexpr int chunks_of_box = variant.stream() ? chunks_of(columns, key_bytes) : 1;
       fetch_box<columns>(policy, tile + lane * a_.box_keys * chunk_row_bytes * chunks_of_box, first_column, map,
@@ -277,17 +288,17 @@ class ForwardLoader {
       constexpr int slices = variant.v_slices();
       constexpr int columns = variant.head_dim_v / slices;
       const bool clears = !variant.prepares() && !variant.keys_are_rows() && fetches_unseen(work, n);
-      if (clears) expect(shared_.v_fetched, v_bytes);
+      if (clears) expect(shared_.v_fetched[place.stage()], v_bytes);
 #pragma unroll 1
       for (int slice = 0; slice < slices; ++slice) {
         await_empty(slice);
-        ptx::Mbarrier& fetched = clears ? shared_.v_fetched : v_ring(slice).full[place.stage()];
+        ptx::Mbarrier& fetched = clears ? shared_.v_fetched[place.stage()] : v_ring(slice).full[place.stage()];
         if (!clears) expect(fetched, v_bytes / slices);
         fetch<columns>(work, tile + v_bytes / slices * slice, slice * columns, maps_.v, a_.all_chunks_v, fetched,
                        places);
       }
       if (!clears) return;
-      clear_fetched(work, n, tile);
+      clear_fetched(work, n, tile, place.stage());
 #pragma unroll 1
       for (int slice = 0; slice < slices; ++slice) {
         if (first_lane()) v_ring(slice).full[place.stage()].arrive();
@@ -296,9 +307,9 @@ class ForwardLoader {
   }
 
   /// Clears what no row sees once it is there.
-  __device__ void clear_fetched(const TileWork& work, int n, unsigned char* tile) {
-    shared_.v_fetched.wait(v_fetched_parity_);
-    v_fetched_parity_ ^= 1;
+  __device__ void clear_fetched(const TileWork& work, int n, unsigned char* tile, int stage) {
+    shared_.v_fetched[stage].wait(v_fetched_parities_ >> stage & 1);
+    v_fetched_parities_ ^= 1U << stage;
     clear_unseen(tile, pieces_of(variant.head_dim_v, key_bytes), work.seen, n * variant.block_keys, variant.block_keys,
                  [](int row, int piece) { return piece_offset<variant.block_keys>(row, piece); });
     ptx::fence_proxy_async();
@@ -340,8 +351,8 @@ class ForwardLoader {
   Finder finder_;
   ptx::CachePolicy policy_;  ///< of keys and values, where all tiles' are alike
   RingPlace<ForwardShared<variant>::work_stages> work_;
-  Place next_;  ///< of the blocks that this warp fetches: where it fetches both, of the keys
-  unsigned v_fetched_parity_ = 0;
+  Place next_;                       ///< of the blocks that this warp fetches: where it fetches both, of the keys
+  unsigned v_fetched_parities_ = 0;  ///< a bit for each stage
 };
 
 }  // namespace mate::cuda

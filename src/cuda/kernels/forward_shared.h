@@ -86,6 +86,24 @@ struct Rehearsal<variant, true> {
   }
 };
 
+/// The tiles that the first block of a cluster takes, as it tells the others.
+template <ForwardVariant variant, bool needed = (variant.cluster_blocks > 1)>
+struct Tickets {
+  __device__ void init() {}
+};
+
+template <ForwardVariant variant>
+struct Tickets<variant, true> {
+  // None is told before the one so many before it has been heard: by then its keys have been fetched by all blocks.
+  static constexpr int stages = 4;
+  int tile[stages];
+  ptx::Mbarrier told[stages];
+
+  __device__ void init() {
+    for (ptx::Mbarrier& barrier : told) barrier.init(1);
+  }
+};
+
 template <ForwardVariant variant>
 struct ForwardShared {
   static constexpr int work_stages = 4;
@@ -109,15 +127,16 @@ struct ForwardShared {
   float references[(variant.wide && !variant.transposed()) || variant.e4m3 ? 64 * variant.warpgroups : 1];
   float weight_sums[variant.wide && !variant.transposed() ? 64 * variant.warpgroups : 1];
   [[no_unique_address]] Rehearsal<variant> rehearsal;
+  [[no_unique_address]] Tickets<variant> tickets;
   int is_last[variant.row_groups()];  ///< whether the parts of some rows are all done
   RingBarriers<variant.q_stages> q;
   RingBarriers<variant.stages> k;
   RingBarriers<variant.stages> v[variant.v_slices()];                                  ///< of each slice of the values
   RingBarriers<variant.prepares() ? variant.fetched_stages : 1> fetched_k, fetched_v;  ///< before they are prepared
   RingBarriers<work_stages> work;
-  ptx::Mbarrier begun[2];   ///< is every second tile: those after it may be taken
-  ptx::Mbarrier readable;   ///< is all memory: earlier kernels have ended
-  ptx::Mbarrier v_fetched;  ///< of a block of values that the loader changes before consumers may have it
+  ptx::Mbarrier begun[2];                   ///< is every second tile: those after it may be taken
+  ptx::Mbarrier readable;                   ///< is all memory: earlier kernels have ended
+  ptx::Mbarrier v_fetched[variant.stages];  ///< of values that the loader changes before consumers may have them
   ptx::Mbarrier weighed[variant.consumers_of_row()];  ///< a block, by each of the consumers of the same rows
 
   /// Where keys will be fetched to, before there are any.
@@ -138,10 +157,13 @@ struct ForwardShared {
     constexpr int scorers = variant.transposed() ? variant.scorers() : variant.warpgroups;
     constexpr int adders = variant.transposed() ? variant.adders() : variant.warpgroups;
     q.init(variant.widens_queries() && preparers > 0 ? preparers : producers, 4 * scorers * arrivals_of_warp);
-    // Those of transposed.h take blocks in turns.
-    k.init(variant.widens() ? preparers : producers, 4 * (variant.transposed() ? 1 : scorers) * arrivals_of_warp);
+    // Those of transposed.h take blocks in turns. In a cluster the consumers of all its blocks have done with a buffer
+    // before it is filled again, in all of them.
+    k.init(variant.widens() ? preparers : producers,
+           4 * (variant.transposed() ? 1 : scorers) * arrivals_of_warp * variant.cluster_blocks);
     for (RingBarriers<variant.stages>& slice : v) {
-      slice.init(variant.prepares() ? preparers : producers, 4 * adders * arrivals_of_warp / variant.v_slices());
+      slice.init(variant.prepares() ? preparers : producers,
+                 4 * adders * arrivals_of_warp * variant.cluster_blocks / variant.v_slices());
     }
     constexpr int readers = variant.gather ? 32 * preparers : preparers;
     if constexpr (variant.widens()) fetched_k.init(producers, readers);
@@ -150,7 +172,8 @@ struct ForwardShared {
     for (ptx::Mbarrier& barrier : begun) barrier.init(1);
     readable.init(1);
     rehearsal.init();
-    v_fetched.init(1);
+    for (ptx::Mbarrier& barrier : v_fetched) barrier.init(1);
+    tickets.init();
     for (ptx::Mbarrier& barrier : weighed) barrier.init(32);  // lanes that store references
     rows.init();
     ptx::fence_mbarrier_init();

@@ -54,6 +54,8 @@ struct ForwardVariant {
   int transposed_rows = 0;  ///< rows of a tile of the kernel of transposed.h, 16, 32 or 64; 0: another kernel
   bool qv = false;          ///< scores are of values too (wide)
   bool e4m3 = false;        ///< e4m3 is multiplied as it is, values transposed, by weights of e4m3; else it is widened
+  int cluster_blocks = 1;   ///< blocks of threads that have a tile together: each has rows of its own, and fetches a
+                            ///< part of each block of keys for all of them
   bool plain = false;  ///< without what few calls ask for (for_each_rare_field in forward_arguments.h): code that is
                        ///< not executed still stands between what is, and a GPU waits for code as for memory
 
@@ -82,11 +84,11 @@ struct ForwardVariant {
   constexpr int v_slices() const { return wide && !gather ? consumers_of_row() : 1; }
   /// Columns of values that a consumer sums up.
   constexpr int consumer_columns() const { return stream() ? head_dim_v : head_dim_v / consumers_of_row(); }
-  /// Rows that there is room for. A tile holds whole queries, of `pack` rows each.
+  /// Rows that a block of threads has room for. It has whole queries, of `pack` rows each.
   constexpr int tile_rows() const {
     return stream() ? stream_rows : transposed() ? transposed_rows : 64 * row_groups();
   }
-  constexpr Tiling tiling(int pack) const { return {tile_rows() / pack * pack, block_keys, pack}; }
+  constexpr Tiling tiling(int pack) const { return {tile_rows() / pack * pack * cluster_blocks, block_keys, pack}; }
   /// What is multiplied.
   constexpr ElementType element() const {
     return e4m3 ? ElementType::float8_e4m3 : keys_are_rows() && scaled() ? ElementType::float16 : types.widened();

@@ -23,13 +23,12 @@ __device__ bool end_rehearsal(const Scheduler& scheduler, ForwardShared<variant>
 }
 
 template <ForwardVariant variant, typename Scheduler>
-__device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shared) {
+__device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shared, Scheduler scheduler) {
   // While earlier kernels run to their end, the share of a small batch is found from lengths that they may yet change.
   // Behind them it is found again, but not where it is kept and they did not change.
   enum class Found { rehearsed, not_yet, found };
   constexpr bool keeps = variant.keeps_rehearsed();
   Found share = Found::not_yet;
-  Scheduler scheduler(a);
   if constexpr (variant.splits) {
     // Of two launches neither can: their shares follow from what a kernel before them says.
     const bool early = a.served.which == Sequences::all && !counts_together(a.problem) &&

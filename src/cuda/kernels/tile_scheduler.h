@@ -2,6 +2,7 @@
 // one that nobody has taken, so that blocks which had little to do do more.
 #pragma once
 
+#include "forward_shared.h"
 #include "side_by_side.h"
 #include "tile_work.h"
 #include "warp.h"
@@ -12,7 +13,8 @@ namespace mate::cuda {
 template <ForwardVariant variant>
 class TileScheduler : TileFinder<variant> {
  public:
-  __device__ explicit TileScheduler(const ForwardArguments& arguments) : TileFinder<variant>(arguments) {}
+  __device__ TileScheduler(const ForwardArguments& arguments, ForwardShared<variant>& shared)
+      : TileFinder<variant>(arguments), tickets_(shared.tickets) {}
 
   /// Whether enough tiles seem to be left for all who take some.
   __device__ bool has_plenty() const { return a_.expected_tiles - index_ > 2 * workers(); }
@@ -28,7 +30,7 @@ class TileScheduler : TileFinder<variant> {
         this->locate(work);
         ptx::forget_shared_memory();
         choose_tile(work);
-      } else if (!first && index_ - workers() == tiles_before_ - 1) {
+      } else if (takes() && !first && index_ - workers() == tiles_before_ - 1) {
         // As many are taken as there are tiles, since each is followed by a question for another: this was the last.
         *a_.counters = 0;
       }
@@ -43,12 +45,17 @@ class TileScheduler : TileFinder<variant> {
   using TileFinder<variant>::problem;
   using TileFinder<variant>::units;
 
-  /// Blocks of threads that take tiles: not worth a register.
-  __device__ int workers() const { return workers_of_launch(a_, static_cast<int>(gridDim.x)); }
+  static constexpr bool clustered = variant.cluster_blocks > 1;
+
+  /// Whether this block is the one of its cluster that takes tiles and tells the others.
+  __device__ static bool takes() { return !clustered || ptx::block_of_cluster() == 0; }
+
+  /// Blocks of threads, or clusters, that take tiles: not worth a register.
+  __device__ int workers() const { return workers_of_launch(a_, static_cast<int>(gridDim.x) / variant.cluster_blocks); }
 
   /// Blocks that have nothing to do begin behind all tiles.
   __device__ int first_index() const {
-    const int number = static_cast<int>(blockIdx.x);
+    const int number = static_cast<int>(blockIdx.x) / variant.cluster_blocks;
     return number < workers() ? number : max_length;
   }
 
@@ -84,10 +91,23 @@ class TileScheduler : TileFinder<variant> {
     return -1;
   }
 
-  __device__ int take() const {
+  __device__ int take() {
     int taken = 0;
-    if (threadIdx.x % 32 == 0) taken = workers() + atomicAdd(a_.counters, 1);
-    return __shfl_sync(~0U, taken, 0);
+    if (takes() && first_lane()) taken = workers() + atomicAdd(a_.counters, 1);
+    taken = __shfl_sync(~0U, taken, 0);
+    if constexpr (clustered) {
+      const int stage = told_.stage();
+      const int lane = threadIdx.x % 32;
+      if (!takes()) {
+        if (first_lane()) tickets_.told[stage].arrive_expecting(sizeof(int));
+        tickets_.told[stage].wait(told_.parity());
+        taken = tickets_.tile[stage];
+      } else if (lane > 0 && lane < variant.cluster_blocks) {
+        ptx::send_to(lane, tickets_.tile[stage], taken, tickets_.told[stage]);
+      }
+      told_.advance();
+    }
+    return taken;
   }
 
   /// Key heads come in sections whose keys fit the L2 cache together, and in each section the tiles with the most keys
@@ -114,6 +134,8 @@ class TileScheduler : TileFinder<variant> {
     work.tile = tiles - 1 - tiles_after;
   }
 
+  Tickets<variant>& tickets_;
+  RingPlace<4> told_;
   int index_ = -1;
   int first_sequence_ = 0;
   int tiles_before_ = 0;  ///< of all sequences before first_sequence_; at the end, of all

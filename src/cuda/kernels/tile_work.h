@@ -4,7 +4,7 @@
 #include "attention/shares.h"
 #include "forward_arguments.h"
 #include "forward_variant.h"
-#include "ptx/shared.h"
+#include "ptx/cluster.h"
 
 namespace mate::cuda {
 
@@ -14,7 +14,7 @@ struct TileWork {
   int unit = 0;       ///< `pack` query heads
   int head_k = 0;     ///< their key head
   int tile = 0;
-  int first_query = 0;  ///< query row of the sequence that the tile begins with
+  int first_query = 0;  ///< query row of the sequence that the tile, or this block's part of it, begins with
   int used = 0;         ///< query rows that are computed: those of the rest that the sequence has are cleared
   Sequence place;
   KeyRange seen;         ///< keys that some row of the sequence sees
@@ -85,7 +85,8 @@ class TileFinder {
   __device__ const Problem& problem() const { return a_.problem; }
   /// What is computed from it is not worth registers from tile to tile.
   __device__ Tiling tiling() const {
-    return {ptx::known_only_here(a_.tile_rows), variant.block_keys, ptx::known_only_here(a_.pack)};
+    return {ptx::known_only_here(a_.tile_rows) * variant.cluster_blocks, variant.block_keys,
+            ptx::known_only_here(a_.pack)};
   }
   __device__ int units() const { return a_.units; }
 
@@ -94,7 +95,7 @@ class TileFinder {
     if (variant.one_tile() || rows <= 0) return rows > 0;
     // More than an int holds, where a ragged sequence is longer than max_seqlen_q said.
     const unsigned packed_rows = static_cast<unsigned>(rows) * static_cast<unsigned>(a_.pack);
-    return static_cast<int>((packed_rows - 1) / static_cast<unsigned>(a_.tile_rows)) + 1;
+    return static_cast<int>((packed_rows - 1) / static_cast<unsigned>(a_.tile_rows * variant.cluster_blocks)) + 1;
   }
 
   __device__ int used_rows(const Lengths& lengths) const {
@@ -131,6 +132,9 @@ class TileFinder {
     if (lane > 0) return;
     set_keys(work, rows.count() > 0, first, last, of_sequence);
     work.first_query = first_query;
+    if constexpr (variant.cluster_blocks > 1) {
+      work.first_query += ptx::block_of_cluster() * divide(a_.tile_rows, a_.pack);
+    }
   }
 
   /// The keys of a tile, from what its first and last row see and what rows of its sequence do, if `any` of its rows

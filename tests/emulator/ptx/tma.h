@@ -1,6 +1,6 @@
 #pragma once
 
-#include "ptx/mbarrier.h"
+#include "ptx/cluster.h"
 #include "tensor_description.h"
 #include "tensor_map.h"
 
@@ -8,9 +8,11 @@ namespace mate::cuda::ptx {
 
 inline void prefetch(const TensorMap&) {}
 
-/// Rows of 128 bytes, each of which has its pieces of 16 bytes permuted by where it stands among eight.
+/// Into a block of the cluster: rows of 128 bytes, each of which has its pieces of 16 bytes permuted by where it stands
+/// among eight.
 template <typename... Coordinates>
-void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, Coordinates... coordinates) {
+void load_box_to(int block, void* shared, const TensorMap& map, Mbarrier& barrier, Coordinates... coordinates) {
+  unsigned char* const memory = emulator::emulator_memory_of(block);
   constexpr unsigned row_bytes = 128;
   const emulator::TensorDescription* tensor = nullptr;
   std::memcpy(&tensor, map.bytes, sizeof(tensor));
@@ -43,7 +45,12 @@ void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, Coordinates
       }
     }
   }
-  barrier.bring(static_cast<int>(rows * row_bytes));
+  of_block(block, barrier).bring(static_cast<int>(rows * row_bytes));
+}
+
+template <typename... Coordinates>
+void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, Coordinates... coordinates) {
+  load_box_to(block_of_cluster(), shared, map, barrier, coordinates...);
 }
 
 enum class CachePolicy { evict_normal, evict_first };
@@ -51,6 +58,14 @@ inline CachePolicy policy_of(bool) { return CachePolicy::evict_normal; }
 template <typename... Coordinates>
 void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, CachePolicy, Coordinates... coordinates) {
   load_box(shared, map, barrier, coordinates...);
+}
+
+template <typename... Coordinates>
+void load_box_for_cluster(void* shared, const TensorMap& map, Mbarrier& barrier, CachePolicy, unsigned short blocks,
+                          Coordinates... coordinates) {
+  for (int block = 0; blocks >> block != 0; ++block) {
+    if ((blocks >> block & 1) != 0) load_box_to(block, shared, map, barrier, coordinates...);
+  }
 }
 
 }  // namespace mate::cuda::ptx

@@ -30,6 +30,17 @@ __device__ inline void load_box(void* shared, const TensorMap& map, Mbarrier& ba
       : "memory");
 }
 
+/// The same into the shared memory of every block of the cluster, whose barriers count the bytes.
+__device__ inline void load_box_for_cluster(void* shared, const TensorMap& map, Mbarrier& barrier, CachePolicy policy,
+                                            unsigned short blocks, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks),
+      "l"(static_cast<unsigned long long>(policy))
+      : "memory");
+}
+
 __device__ inline void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, int c0, int c1, int c2, int c3,
                                 int c4) {
   asm volatile(
