@@ -77,7 +77,7 @@ bool encode_maps(const Problem& p, const ForwardVariant& variant, ForwardArgumen
       variant.one_tile() || variant.wide ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
   const auto encode_queries = [&](TensorMap& map, const Rows& rows, int head_dim) {
     const Dimension dimensions[] = {{pack, rows.head_stride, pack},
-                                    {p.queries.rows, rows.row_stride, arguments.tile_rows / pack},
+                                    {p.queries.rows, rows.row_stride, arguments.rows_of_block / pack},
                                     {p.heads_q / pack, rows.head_stride * pack, 1},
                                     {p.query_slots(), rows.slot_stride, 1}};
     return encode(map, rows, head_dim, dimensions, promotion);
@@ -153,17 +153,17 @@ bool are_alike(const Problem& p) {
 
 /// Blocks of keys that the tiles of a sequence take, for each of its heads, if `pack` of them share a tile; in the time
 /// of a multiprocessor, whose cluster takes them together.
-float blocks_of_sequence(const Problem& p, const ForwardVariant& variant, int pack) {
+float blocks_of_sequence(const Problem& p, const ForwardVariant& variant, int pack, int rows) {
   const Tiling tiling = variant.tiling(pack);
-  const int rows = mean_rows(p);
   const int keys = most_keys(p);
   const Lengths lengths{rows, keys, keys};
   const int tiles = tiles_of(tiling, rows);
   if (tiles == 0) return 0;
   const auto blocks_of = [&](int tile) { return blocks_of_tile(tiling, p.mask, lengths, tile).size(); };
   const float blocks = static_cast<float>(blocks_of(0) + blocks_of(tiles - 1)) / 2;
-  // Where sequences differ, the last tile of every second one is filled by less than a half.
-  const float begun = static_cast<float>(tiles) + (are_alike(p) ? 0.0F : 0.5F);
+  // A sequence's last tile is half full on average, where sequences have rows of their own.
+  const bool differ = p.batch > 1 && (p.ragged_queries() || p.queries.seqused.given());
+  const float begun = static_cast<float>(tiles) + (differ ? 0.5F : 0.0F);
   return begun * blocks * static_cast<float>(variant.cluster_blocks) / static_cast<float>(pack);
 }
 
@@ -181,15 +181,16 @@ int choose_pack(const Problem& p, const ForwardVariant& variant) {
   // A cluster's tile, which is twice as high, has no more queries than another kernel's if heads share it.
   constexpr float worth = 0.99F;
   const int heads = variant.cluster_blocks;
-  const bool saves_blocks = heads > 1 && group % heads == 0 &&
-                            blocks_of_sequence(p, variant, heads) < worth * blocks_of_sequence(p, variant, 1);
+  const bool saves_blocks =
+      heads > 1 && group % heads == 0 &&
+      blocks_of_sequence(p, variant, heads, mean_rows(p)) < worth * blocks_of_sequence(p, variant, 1, mean_rows(p));
   return saves_blocks ? heads : 1;
 }
 
 /// Decides which rows and heads share a tile.
 void pack_rows(const Problem& p, const ForwardVariant& variant, ForwardArguments& arguments) {
   arguments.pack = choose_pack(p, variant);
-  arguments.tile_rows = variant.tiling(arguments.pack).tile_rows / variant.cluster_blocks;
+  arguments.rows_of_block = variant.tiling(arguments.pack).tile_rows / variant.cluster_blocks;
   arguments.units = p.heads_q / arguments.pack;
   arguments.units_of_key_head = p.group() / arguments.pack;
 }
@@ -391,21 +392,26 @@ int choose_box(const KeyLayout& keys, const ForwardVariant& variant) {
   return rows % 8 == 0 && !keys.leftpad.given() ? rows : 0;
 }
 
-/// Whether a call takes less time if two blocks of threads have a tile together and fetch keys for each other: where
-/// tiles that are twice as high take hardly more blocks of keys, and the boxes of pages are no smaller. Under a mask,
-/// where two heads share a tile for that, it takes larger heads to gain by it.
-bool gains_by_clusters(const Problem& p, VariantChoice choice, int multiprocessors) {
+/// Whether a call takes less time if blocks of threads have tiles together, in clusters, and fetch keys for each other:
+/// where tiles that are so much higher take hardly more blocks of keys, whose boxes are no smaller for it than half a
+/// block. Under a mask it takes larger heads to gain by it.
+bool gains_by_clusters(const Problem& p, VariantChoice choice, int multiprocessors, Sequences which) {
   constexpr float most = 1.02F;
   constexpr int least_head_dim_of_masked = 128;
   if (p.mask.bounded() && std::max(p.head_dim, p.head_dim_v) < least_head_dim_of_masked) return false;
   choice.clusters = true;
   const ForwardVariant clustered = choose_variant(choice);
-  if (clustered.cluster_blocks == 1 || multiprocessors < clustered.cluster_blocks) return false;
+  const int size = clustered.cluster_blocks;
+  if (size == 1 || multiprocessors < size) return false;
   ForwardVariant other = clustered;
   other.cluster_blocks = 1;
-  if (p.keys.paged() && choose_box(p.keys, clustered) < choose_box(p.keys, other)) return false;
-  return blocks_of_sequence(p, clustered, choose_pack(p, clustered)) <=
-         most * blocks_of_sequence(p, other, choose_pack(p, other));
+  if (choose_box(p.keys, clustered) < std::min(choose_box(p.keys, other), other.block_keys / size)) return false;
+  const int rows = which == Sequences::prefills ? most_rows(p) : mean_rows(p);
+  const float blocks = blocks_of_sequence(p, clustered, choose_pack(p, clustered), rows);
+  const float blocks_otherwise = blocks_of_sequence(p, other, choose_pack(p, other), rows);
+  // Multiprocessors that are too few for another cluster have nothing to do.
+  const float used = static_cast<float>(multiprocessors / size * size) / static_cast<float>(multiprocessors);
+  return blocks <= most * used * blocks_otherwise;
 }
 
 /// Memory for the results of parts.
@@ -421,7 +427,7 @@ void take_parts(const Problem& p, const ForwardVariant& variant, std::int64_t ti
   const std::int64_t slots = arguments.cut.parts_are_grains() ? tiles * parts.slots_of_tile : slots_of(workers);
   require(slots < max_length, "the call would have ", slots, " parts, which must be fewer than 2**31");
   parts.rows =
-      static_cast<int>(std::min<std::int64_t>(arguments.tile_rows, std::int64_t{most_rows(p)} * arguments.pack));
+      static_cast<int>(std::min<std::int64_t>(arguments.rows_of_block, std::int64_t{most_rows(p)} * arguments.pack));
   const std::int64_t rows = slots * parts.rows;
   parts.columns = variant.head_dim_v;
   parts.sums = scratch.take<float>(rows * (variant.head_dim_v + 2));
@@ -485,7 +491,7 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   VariantChoice choice = choose(p, multiprocessors, served);
   if (choice.splits) arguments.cut = choose_cut(p);
   choice.plain = is_plain(arguments);
-  choice.clusters = gains_by_clusters(p, choice, multiprocessors);
+  choice.clusters = gains_by_clusters(p, choice, multiprocessors, served.which);
   ForwardVariant variant;
   const auto settle = [&](bool gather) {
     choice.gather = gather;
@@ -506,8 +512,8 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   arguments.keys_in_l2 = gpu.l2_bytes / 2 / ((p.head_dim + p.head_dim_v) * bytes_of(p.k.type));
 
   const std::int64_t tiles = most_tiles(p, variant, arguments.pack);
-  require(tiles < max_length - gpu.multiprocessors, "q must have fewer than 2**31 tiles of ", arguments.tile_rows,
-          " rows, got ", tiles);
+  require(tiles < max_length - gpu.multiprocessors, "q must have fewer than 2**31 tiles of ",
+          variant.tiling(arguments.pack).tile_rows, " rows, got ", tiles);
   int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, multiprocessors / variant.cluster_blocks)) *
                variant.cluster_blocks;
   if (served.which == Sequences::all) {
@@ -539,7 +545,7 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
                                           [&] { return merge_parts_source(variant.types.out); });
     constexpr std::int64_t most_blocks_of_tile = 16;
     const auto blocks_of_tile = static_cast<unsigned>(
-        std::min<std::int64_t>(divide_up(arguments.tile_rows, merge_threads / 32), most_blocks_of_tile));
+        std::min<std::int64_t>(divide_up(arguments.rows_of_block, merge_threads / 32), most_blocks_of_tile));
     prepared.merge_shape = {
         .grid = {static_cast<unsigned>(blocks), blocks_of_tile}, .block = {merge_threads}, .stream = queue};
   }
@@ -553,21 +559,24 @@ struct PreparedPartition {
   Problem problem;
   ServedSequences served;
   int multiprocessors;
+  int step;          ///< of those for prompts, the blocks of a cluster
   bool whole_tiles;  ///< of prompts
 
   void launch() const {
-    cuda::launch(kernel, shape, problem, served.decode_rows, multiprocessors, whole_tiles, served.prefill_workers);
+    cuda::launch(kernel, shape, problem, served.decode_rows, multiprocessors, step, whole_tiles,
+                 served.prefill_workers);
   }
 };
 
 PreparedPartition prepare_partition(const Problem& p, const Device& gpu, CUstream queue, const ServedSequences& served,
-                                    bool whole_tiles) {
+                                    const PreparedForward& prefills) {
   return {.kernel = partition_kernels().load(gpu, 0, partition_source),
           .shape = {.grid = {}, .block = {partition_threads}, .stream = queue},
           .problem = p,
           .served = served,
           .multiprocessors = multiprocessors_of(p, gpu),
-          .whole_tiles = whole_tiles};
+          .step = static_cast<int>(prefills.shape.cluster_blocks),
+          .whole_tiles = prefills.whole_tiles};
 }
 
 }  // namespace
@@ -603,7 +612,7 @@ void forward(const Problem& problem, int device_id, void* stream, const Allocate
   }
   ServedSequences served{Sequences::prefills, decode_rows, scratch.take<int>(1)};
   const PreparedForward prefills = prepare(p, gpu, queue, scratch, counters_of_first, served);
-  const PreparedPartition partition = prepare_partition(p, gpu, queue, served, prefills.whole_tiles);
+  const PreparedPartition partition = prepare_partition(p, gpu, queue, served, prefills);
   served.which = Sequences::decodes;
   p.max_seqlen_q = std::min(p.max_seqlen_q, decode_rows);  // of those that this launch serves
   const PreparedForward decodes = prepare(p, gpu, queue, scratch, counters_of_first + counters_of_launch, served);

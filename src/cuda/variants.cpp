@@ -40,9 +40,9 @@ ForwardVariant variant_of(const VariantChoice& choice) {
 }
 
 /// Blocks of threads that have a tile together. Gathered rows are not fetched for others, nor prepared ones consumed by
-/// them, and small heads need fewer keys at a time than they take to agree upon them.
+/// them. Three consumers, those of small heads, use a block of keys for too short a time to agree with three others.
 int cluster_blocks_for(const ForwardVariant& variant, const VariantChoice& choice) {
-  const bool possible = variant.plain && !variant.gather && !variant.splits && !choice.few_rows && !variant.prepares();
+  const bool possible = !variant.gather && !variant.splits && !variant.prepares() && !choice.few_rows && !choice.alike;
   return choice.clusters && possible && variant.warpgroups == 2 ? 2 : 1;
 }
 
@@ -371,8 +371,8 @@ KernelSource partition_source() {
   source.text = join(
       "#include \"side_by_side.h\"\n\nextern \"C\" __global__ void __launch_bounds__(", partition_threads, ") ",
       source.name,
-      "(const __grid_constant__ mate::Problem problem, int decode_rows, int workers, bool whole_tiles, int* out) {\n",
-      "  mate::cuda::partition_multiprocessors(problem, decode_rows, workers, whole_tiles, out);\n}\n");
+      "(const __grid_constant__ mate::Problem problem, int decode_rows, int workers, int step, bool whole_tiles, int* "
+      "out) {\n  mate::cuda::partition_multiprocessors(problem, decode_rows, workers, step, whole_tiles, out);\n}\n");
   return source;
 }
 
@@ -392,7 +392,7 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
       choice.transposed_rows = transposed_rows_for(choice.few_rows ? rows : 64);
       choice.stream_rows = choice.few_rows ? stream_rows_for(types, head_dim, head_dim_v, rows) : 0;
       if (choice.stream_rows > 0 && !choice.splits) continue;  // likewise
-      for (const auto& [plain, clusters] : {std::pair{false, false}, {true, false}, {true, true}}) {
+      for (const auto& [plain, clusters] : {std::pair{false, false}, {false, true}, {true, false}, {true, true}}) {
         choice.plain = plain;
         choice.clusters = clusters;
         const ForwardVariant variant = choose_variant(choice);

@@ -27,14 +27,11 @@ class RandomCall {
     any,
     mixed,   ///< a prompt, and sequences of a few queries at most, over pages that have room for far more keys
     plain,   ///< nothing rare, for which a GPU has other kernels: see is_plain in forward_arguments.h
-    prompts  ///< the same of so many rows that clusters of a GPU's multiprocessors may have them together
+    prompts  ///< of so many rows that clusters of a GPU's multiprocessors may have them together, many of them plain
   };
 
   explicit RandomCall(std::uint64_t seed, Kind kind = Kind::any)
-      : random_(seed),
-        mixed_(kind == Kind::mixed),
-        plain_(kind == Kind::plain || kind == Kind::prompts),
-        prompts_(kind == Kind::prompts) {
+      : random_(seed), mixed_(kind == Kind::mixed), plain_(kind == Kind::plain), prompts_(kind == Kind::prompts) {
     draw_sizes();
     draw_scores();
     draw_queries();
@@ -74,13 +71,15 @@ class RandomCall {
   }
 
   void draw_prompts(DLDataType type) {
+    plain_ = random_.chance(0.5);
     batch_ = random_.integer(1, 2);
     heads_k_ = random_.integer(1, 2);
     group_ = random_.one_of<std::int64_t>({1, 2, 2, 4});
     d_ = random_.one_of<std::int64_t>({72, 96, 128, 192, 256});
     dv_ = random_.chance(0.7) ? d_ : random_.one_of<std::int64_t>({40, 128});
-    least_q_ = 129;
-    most_q_ = 300;
+    // Mostly of tiles that clusters share evenly, whether heads share them too or not.
+    least_q_ = random_.chance(0.7) ? 193 : 129;
+    most_q_ = least_q_ == 193 ? 256 : 400;
     most_k_ = 500;
     q_type_ = k_type_ = out_type_ = type;
   }
@@ -285,10 +284,10 @@ class RandomCall {
 
   void draw_work() {
     AttentionArguments& a = arguments;
-    a.num_splits = mixed_ || plain_ ? 0 : random_.one_of<std::int64_t>({-1, 0, 1, 2, 3, 7, 256});
+    a.num_splits = mixed_ || plain_ ? 0 : prompts_ ? 1 : random_.one_of<std::int64_t>({-1, 0, 1, 2, 3, 7, 256});
     if (random_.chance(0.5)) a.pack_gqa = random_.chance(0.5);
-    a.sm_margin = random_.one_of<std::int64_t>({0, 0, 1, 1000});
-    a.batch_invariant = !mixed_ && rarely(0.2);
+    a.sm_margin = random_.one_of<std::int64_t>({0, 0, prompts_ ? 2 : 1, prompts_ ? 2 : 1000});
+    a.batch_invariant = !mixed_ && !prompts_ && rarely(0.2);
     if (random_.chance(0.2)) {
       // As good as stale: a call must end, with the right results, whatever it holds.
       Integers stale(scheduler_metadata_size(batch_));
@@ -381,8 +380,8 @@ class RandomCall {
     for (std::size_t i = 0; i < count; ++i) order[i] = count - 1 - i;
     if (random_.chance(0.4)) random_.shuffle(order);
     for (const std::size_t dimension : order) {
-      if (random_.chance(0.2)) stride += random_.integer(1, 5) * (plain_ ? 16 : 1);  // of plain calls they are aligned
-      strides[dimension] = random_.chance(0.05) ? -stride : stride;
+      if (random_.chance(0.2)) stride += random_.integer(1, 5) * (plain_ || prompts_ ? 16 : 1);  // aligned
+      strides[dimension] = !prompts_ && random_.chance(0.05) ? -stride : stride;
       stride *= std::max<std::int64_t>(shape[dimension], 1);
     }
   }

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <random>
 #include <vector>
 
 #include "cuda/kernels/forward_variant.h"
@@ -52,7 +53,9 @@ class Cluster {
     }
     for (int idle_rounds = 0; left_ > 0; ++idle_rounds) {
       if (idle_rounds > most_idle_rounds) die("threads wait for each other");
-      for (current_ = 0; current_ < static_cast<int>(blocks_.size()); ++current_) run_block();
+      for (current_ = 0; current_ < static_cast<int>(blocks_.size()); ++current_) {
+        if (blocks_.size() == 1 || !is_held()) run_block();
+      }
       if (std::exchange(moved_, false)) idle_rounds = 0;
     }
   }
@@ -106,6 +109,7 @@ class Cluster {
     Barrier barriers[first_warpgroup_barrier + most_threads / 128];
     std::vector<unsigned char> memory;  ///< while another block of the cluster runs
     int current = 0;                    ///< thread
+    int held = 0;                       ///< turns that it still waits
 
     explicit Block(int count)
         : threads(count), warps((count + warp_lanes - 1) / warp_lanes), memory(sizeof(mate::cuda::memory)) {}
@@ -125,6 +129,18 @@ class Cluster {
     makecontext(
         &context, [] { running_->run_thread(); }, 0);
     ++left_;
+  }
+
+  /// Whether the current block waits while others of its cluster run: at random, for some turns.
+  bool is_held() {
+    constexpr int most_turns = 40;
+    constexpr int turns_between = 100;  // on average
+    if (block().held > 0) {
+      --block().held;
+    } else if (random_() % turns_between == 0) {
+      block().held = static_cast<int>(random_() % most_turns);
+    }
+    return block().held > 0;
   }
 
   /// Runs each thread of the current block until it waits.
@@ -175,6 +191,7 @@ class Cluster {
   }
 
   static Cluster* running_;
+  static inline std::minstd_rand random_;
 
   Kernel kernel_;
   void** arguments_;

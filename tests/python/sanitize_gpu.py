@@ -49,7 +49,10 @@ SEED = int(os.environ.get("MATE_SEED", "1"))
 
 
 def calls() -> list[Call]:
-    """On the CPU. Every other one runs on one multiprocessor, which then takes all of the tiles."""
+    """On the CPU. Every other one runs on one multiprocessor, which then takes all of the tiles, and one on two, which
+    may be a cluster.
+    """
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 2
     result = []
     for number, kind in enumerate(KINDS):
         seeds = itertools.count(SEED * 1_000_003 + number * 1000)
@@ -62,6 +65,7 @@ def calls() -> list[Call]:
         chosen += itertools.islice(with_rows, CALLS_OF_KIND - len(chosen))
         for call in chosen[::2]:
             call.arguments["sm_margin"] = 10_000
+        chosen[1].arguments["sm_margin"] = multiprocessors - 2
         result += chosen
     return result
 

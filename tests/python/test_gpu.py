@@ -52,25 +52,32 @@ def ragged(lengths_q: tuple = (300, 1, 129, 0), lengths_k: tuple = (500, 64, 129
     return Call("flash_attn_varlen_func", {**arguments, "causal": True, "return_attn_probs": True, **options})
 
 
-def cached(lengths: tuple = (500, 64, 129, 0), rows: int = 1, capacity: int = 512, **options: Any) -> Call:
+def cached(
+    lengths: tuple = (500, 64, 129, 0), rows: int = 1, capacity: int = 512, size: int = 64, **options: Any
+) -> Call:
     """A call over a cache that has room for so many keys of each sequence."""
     arguments = {
-        "q": randn(len(lengths), rows, 8, 64),
-        "k_cache": randn(len(lengths), capacity, 2, 64),
-        "v_cache": randn(len(lengths), capacity, 2, 64),
+        "q": randn(len(lengths), rows, 8, size),
+        "k_cache": randn(len(lengths), capacity, 2, size),
+        "v_cache": randn(len(lengths), capacity, 2, size),
         "cache_seqlens": int32(*lengths),
     }
     return Call("flash_attn_with_kvcache", {**arguments, "causal": True, "return_softmax_lse": True, **options})
 
 
 def paged(
-    lengths: tuple = (500, 64, 129, 0), rows: int = 1, page_size: int = 16, capacity: int = 512, **options: Any
+    lengths: tuple = (500, 64, 129, 0),
+    rows: int = 1,
+    page_size: int = 16,
+    capacity: int = 512,
+    size: int = 64,
+    **options: Any,
 ) -> Call:
     """The same in pages that lie anywhere, keys and values halves of one tensor."""
     pages = capacity // page_size
-    cache = randn(len(lengths) * pages + 3, 2, page_size, 2, 64)
+    cache = randn(len(lengths) * pages + 3, 2, page_size, 2, size)
     table = torch.randperm(len(cache), device=DEVICE)[: len(lengths) * pages].to(torch.int32).view(-1, pages)
-    return cached(lengths, rows, k_cache=cache[:, 0], v_cache=cache[:, 1], page_table=table, **options)
+    return cached(lengths, rows, size=size, k_cache=cache[:, 0], v_cache=cache[:, 1], page_table=table, **options)
 
 
 def appending(make: Callable[..., Call] = paged, rows: int = 3, **options: Any) -> Call:
@@ -89,7 +96,7 @@ def mixed(
     """
     call = make(tuple(random.randrange(count, capacity) for count in counts), capacity=capacity, **options)
     ragged_queries = {
-        "q": randn(sum(counts), 8, 64),
+        "q": randn(sum(counts), *call.arguments["q"].shape[2:]),
         "cu_seqlens_q": torch.nn.functional.pad(int32(*counts).cumsum(0, dtype=torch.int32), (1, 0)),
         "max_seqlen_q": max(counts),
     }
@@ -399,8 +406,8 @@ def test_prompts_and_decoding_in_one_call(
     check(mixed(tuple(counts), make, capacity, sm_margin=margin), mate)
 
 
-@pytest.mark.parametrize("margin", [0, 100, 131])
-@pytest.mark.parametrize("page_size", [16, 1])
+@pytest.mark.parametrize("margin", [0, 100, 130, 131])
+@pytest.mark.parametrize(("size", "page_size"), [(64, 16), (64, 1), (128, 16)])
 @pytest.mark.parametrize(
     "counts",
     [
@@ -412,11 +419,11 @@ def test_prompts_and_decoding_in_one_call(
     ],
 )
 def test_prompts_beside_decoding(
-    mate: ModuleType, device: str, seed: int, counts: tuple, page_size: int, margin: int
+    mate: ModuleType, device: str, seed: int, counts: tuple, size: int, page_size: int, margin: int
 ) -> None:
-    """Two launches side by side, each on its share of the multiprocessors."""
+    """Two launches side by side, each on its share of the multiprocessors. Clusters take the tiles of larger heads."""
     random.seed(seed)
-    check(side_by_side(counts, page_size=page_size, sm_margin=margin), mate)
+    check(side_by_side(counts, page_size=page_size, size=size, sm_margin=margin), mate)
 
 
 def test_nothing_is_read_where_a_prompt_was_expected(mate: ModuleType, device: str) -> None:
@@ -449,19 +456,27 @@ def test_few_tiles_of_many_parts(
 
 @pytest.mark.parametrize("sizes", [(128, 128), (256, 256), (192, 128)], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
-@pytest.mark.parametrize("page_size", [None, 16, 64])
+@pytest.mark.parametrize("page_size", [None, 16, 256])
+@pytest.mark.parametrize("multiprocessors", [2, 5, 10_000])
 @pytest.mark.parametrize("options", [{"causal": False}, {}, {"causal": False, "window_size": (300, 100)}], ids=str)
 def test_blocks_of_threads_that_fetch_keys_for_each_other(
-    mate: ModuleType, device: str, sizes: tuple, heads: tuple, page_size: Optional[int], options: dict
+    mate: ModuleType,
+    device: str,
+    sizes: tuple,
+    heads: tuple,
+    page_size: Optional[int],
+    multiprocessors: int,
+    options: dict,
 ) -> None:
-    """Tiles of clusters, most of them: the last one of a sequence is half empty."""
-    lengths, rows, capacity = (960, 640, 130, 0), 640, 1024
+    """Tiles of clusters, for most of these sizes, some of which see no keys; on few multiprocessors each has many."""
+    lengths, rows, capacity = (960, 640, 130, 0), 490, 1024
     (heads_q, heads_k), (size, size_v) = heads, sizes
     slots = (len(lengths), capacity) if page_size is None else (len(lengths) * capacity // page_size, page_size)
     arguments: dict[str, Any] = {
         "q": randn(len(lengths), rows, heads_q, size),
         "k_cache": randn(*slots, heads_k, size),
         "v_cache": randn(*slots, heads_k, size_v),
+        "sm_margin": max(0, torch.cuda.get_device_properties(device).multi_processor_count - multiprocessors),
     }
     if page_size is not None:
         arguments["page_table"] = torch.randperm(slots[0], device=DEVICE).to(torch.int32).view(len(lengths), -1)

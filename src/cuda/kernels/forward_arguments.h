@@ -61,7 +61,7 @@ struct ForwardArguments {
   Problem problem;
   ServedSequences served;
   int pack = 1;                ///< query heads that share a tile, a unit
-  int tile_rows = 0;           ///< rows of a tile that a block of threads has: a multiple of pack
+  int rows_of_block = 0;       ///< rows of a tile that a block of threads has: a multiple of pack
   int units = 1;               ///< of query heads,
   int units_of_key_head = 1;   ///< and how many of them share a key head
   float heads_reciprocal = 1;  ///< 1 / pack

@@ -182,7 +182,7 @@ class ForwardLoader {
   __device__ ptx::CachePolicy policy_for(const TileWork& work) const {
     if constexpr (!variant.splits) return ptx::CachePolicy::evict_normal;
     if constexpr (variant.one_tile()) return policy_;
-    return ptx::policy_of(work.place.query_capacity * a_.pack <= a_.tile_rows);
+    return ptx::policy_of(work.place.query_capacity * a_.pack <= a_.rows_of_block);
   }
 
   /// Has the copy engine fetch columns of a box of keys or values: all chunks by one order, or chunk by chunk. For
@@ -254,7 +254,7 @@ class ForwardLoader {
       if constexpr (variant.qv) gather.template operator()<variant.head_dim_v>(tile + qv_offset, p.qv, p.head_dim_v);
       gather_.arrive(full);
     } else if (first_lane()) {
-      full.arrive_expecting(a_.tile_rows * variant.q_chunks() * chunk_row_bytes);
+      full.arrive_expecting(a_.rows_of_block * variant.q_chunks() * chunk_row_bytes);
       const int row = work.place.first_q + work.first_query;
       load_tile<variant.tile_rows(), query_bytes>(tile, variant.head_dim, maps_.q, full, 0, row, work.unit, slot);
       if constexpr (variant.qv) {

@@ -86,22 +86,20 @@ struct Rehearsal<variant, true> {
   }
 };
 
-/// The tiles that the first block of a cluster takes, as it tells the others.
+/// The tiles that the first block of a cluster takes, as it tells the others: a ring, since the others may be behind.
 template <ForwardVariant variant, bool needed = (variant.cluster_blocks > 1)>
 struct Tickets {
+  static constexpr int stages = 1;
   __device__ void init() {}
 };
 
 template <ForwardVariant variant>
 struct Tickets<variant, true> {
-  // None is told before the one so many before it has been heard: by then its keys have been fetched by all blocks.
   static constexpr int stages = 4;
   int tile[stages];
-  ptx::Mbarrier told[stages];
+  RingBarriers<stages> ring;  ///< full is each block's own, empty that of the first
 
-  __device__ void init() {
-    for (ptx::Mbarrier& barrier : told) barrier.init(1);
-  }
+  __device__ void init() { ring.init(1, variant.cluster_blocks - 1); }
 };
 
 template <ForwardVariant variant>

@@ -29,7 +29,7 @@ __device__ inline void merge_parts(const ForwardArguments& a) {
   constexpr int warps = merge_threads / 32;
   const int all_warps = static_cast<int>(gridDim.y) * warps;
 #pragma unroll 1
-  for (int row = static_cast<int>(blockIdx.y) * warps + static_cast<int>(threadIdx.x / 32); row < a.tile_rows;
+  for (int row = static_cast<int>(blockIdx.y) * warps + static_cast<int>(threadIdx.x / 32); row < a.rows_of_block;
        row += all_warps) {
     PartMerger<out_type>(a).template merge_row_of<most_at_once>(work, row, value_factor);
   }

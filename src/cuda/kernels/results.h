@@ -282,7 +282,7 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
   /// Where the rows of queries before `query` end in this group.
   __device__ int end_of_rows(const TileWork& work, int query) const {
     const int before = (query - work.first_query) * a_.pack;
-    return min(min(before, a_.tile_rows), first_row() + rows);
+    return min(min(before, a_.rows_of_block), first_row() + rows);
   }
 
   /// When this block of threads has stored its parts of a tile. If others have parts of it too, another launch merges

@@ -96,10 +96,10 @@ struct TimeOfTiles {
   }
 };
 
-/// Says how many of `workers` multiprocessors are to serve prompts, so that the later of both launches ends as soon as
-/// can be. For a block of partition_threads.
-__device__ inline void partition_multiprocessors(const Problem& p, int decode_rows, int workers, bool whole_tiles,
-                                                 int* prefill_workers) {
+/// Says how many of `workers` multiprocessors are to serve prompts, a multiple of `step`, so that the later of both
+/// launches ends as soon as can be. For a block of partition_threads.
+__device__ inline void partition_multiprocessors(const Problem& p, int decode_rows, int workers, int step,
+                                                 bool whole_tiles, int* prefill_workers) {
   constexpr int warps = partition_threads / 32;
   __shared__ TimeOfTiles of_warps[2][warps];
   ptx::begin_overlapped();
@@ -130,7 +130,7 @@ __device__ inline void partition_multiprocessors(const Problem& p, int decode_ro
   if (prefills.tiles > 0 && decodes.tiles > 0) {
     float least = TimeOfTiles::never;
 #pragma unroll 1
-    for (int n = 1 + lane; n < workers; n += 32) {
+    for (int n = step * (1 + lane); n < workers; n += step * 32) {
       const float time =
           fmaxf(prefills.until_done(p.heads_k, n, whole_tiles), decodes.until_done(p.heads_k, workers - n, false));
       if (time < least) {

@@ -25,7 +25,7 @@ class StepCounter : public TileFinder<variant> {
   __device__ int blocks_of_step(int capacity, int tile) const {
     if constexpr (variant.row_groups() == 1) return mate::blocks_of_step(false);
     // Half a tile is one consumer's: the others skip it.
-    return mate::blocks_of_step((capacity * a_.pack - tile * a_.tile_rows) * 2 <= variant.tile_rows());
+    return mate::blocks_of_step((capacity * a_.pack - tile * a_.rows_of_block) * 2 <= variant.tile_rows());
   }
 
   /// Of a tile that needs these blocks of keys.

@@ -18,7 +18,7 @@ struct RowPlace {
 __device__ inline RowPlace place_of(const ForwardArguments& a, const TileWork& work, int row) {
   // Rounded down that is row / pack: half a row is far more than what is lost in rounding.
   const int query = static_cast<int>((row + 0.5F) * a.heads_reciprocal);
-  return {row < a.tile_rows ? work.first_query + query : max_length, work.unit * a.pack + row - query * a.pack};
+  return {row < a.rows_of_block ? work.first_query + query : max_length, work.unit * a.pack + row - query * a.pack};
 }
 
 /// Where a row's sums go, null where they are not needed, and what they are to be multiplied by, 0 where they are to
@@ -51,7 +51,7 @@ __device__ inline void clear_row(const Problem& p, int slot, long long row, int 
 __device__ inline void clear_tile(const ForwardArguments& a, const TileWork& work) {
   const Problem& p = a.problem;
 #pragma unroll 1
-  for (int row = 0; row < a.tile_rows; ++row) {
+  for (int row = 0; row < a.rows_of_block; ++row) {
     ptx::forget_shared_memory();
     const RowPlace place = place_of(a, work, row);
     if (place.query >= work.place.query_capacity) return;
@@ -80,7 +80,7 @@ __device__ void clear_rows_of_no_tile(const ForwardArguments& a) {
     // Rows past its one tile, of sequences that use fewer than they have room for, or are longer than max_seqlen_q
     // said.
     if (!p.ragged_queries() && a.served.which == Sequences::all) return;
-    const int in_tile = divide(a.tile_rows, a.pack);
+    const int in_tile = divide(a.rows_of_block, a.pack);
     const int lane = threadIdx.x % 32;
     // Where there are more blocks of threads than runs of 32 sequences, several share the rows of one.
     const Sharer block{static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};

@@ -1,5 +1,5 @@
-// Hands out the tiles of a call: each block of threads begins with the tile of its own number and then takes the next
-// one that nobody has taken, so that blocks which had little to do do more.
+// Hands out the tiles of a call: each block of threads, or cluster of them, begins with the tile of its own number and
+// then takes the next one that nobody has taken, so that those which had little to do do more.
 #pragma once
 
 #include "forward_shared.h"
@@ -51,7 +51,9 @@ class TileScheduler : TileFinder<variant> {
   __device__ static bool takes() { return !clustered || ptx::block_of_cluster() == 0; }
 
   /// Blocks of threads, or clusters, that take tiles: not worth a register.
-  __device__ int workers() const { return workers_of_launch(a_, static_cast<int>(gridDim.x) / variant.cluster_blocks); }
+  __device__ int workers() const {
+    return max(workers_of_launch(a_, static_cast<int>(gridDim.x)) / variant.cluster_blocks, 1);
+  }
 
   /// Blocks that have nothing to do begin behind all tiles.
   __device__ int first_index() const {
@@ -96,16 +98,21 @@ class TileScheduler : TileFinder<variant> {
     if (takes() && first_lane()) taken = workers() + atomicAdd(a_.counters, 1);
     taken = __shfl_sync(~0U, taken, 0);
     if constexpr (clustered) {
-      const int stage = told_.stage();
-      const int lane = threadIdx.x % 32;
-      if (!takes()) {
-        if (first_lane()) tickets_.told[stage].arrive_expecting(sizeof(int));
-        tickets_.told[stage].wait(told_.parity());
+      const int stage = ticket_.stage();
+      ptx::Mbarrier& full = tickets_.ring.full[stage];
+      ptx::Mbarrier& empty = tickets_.ring.empty[stage];
+      if (takes()) {
+        empty.wait(ticket_.parity() ^ 1);
+        const int lane = threadIdx.x % 32;
+        if (lane > 0 && lane < variant.cluster_blocks) ptx::send_to(lane, tickets_.tile[stage], taken, full);
+      } else {
+        if (first_lane()) full.arrive_expecting(sizeof(int));
+        full.wait_for_cluster(ticket_.parity());
         taken = tickets_.tile[stage];
-      } else if (lane > 0 && lane < variant.cluster_blocks) {
-        ptx::send_to(lane, tickets_.tile[stage], taken, tickets_.told[stage]);
+        __syncwarp();
+        if (first_lane()) ptx::arrive_in(0, empty);
       }
-      told_.advance();
+      ticket_.advance();
     }
     return taken;
   }
@@ -135,7 +142,7 @@ class TileScheduler : TileFinder<variant> {
   }
 
   Tickets<variant>& tickets_;
-  RingPlace<4> told_;
+  RingPlace<Tickets<variant>::stages> ticket_;
   int index_ = -1;
   int first_sequence_ = 0;
   int tiles_before_ = 0;  ///< of all sequences before first_sequence_; at the end, of all

@@ -85,7 +85,7 @@ class TileFinder {
   __device__ const Problem& problem() const { return a_.problem; }
   /// What is computed from it is not worth registers from tile to tile.
   __device__ Tiling tiling() const {
-    return {ptx::known_only_here(a_.tile_rows) * variant.cluster_blocks, variant.block_keys,
+    return {ptx::known_only_here(a_.rows_of_block) * variant.cluster_blocks, variant.block_keys,
             ptx::known_only_here(a_.pack)};
   }
   __device__ int units() const { return a_.units; }
@@ -95,7 +95,7 @@ class TileFinder {
     if (variant.one_tile() || rows <= 0) return rows > 0;
     // More than an int holds, where a ragged sequence is longer than max_seqlen_q said.
     const unsigned packed_rows = static_cast<unsigned>(rows) * static_cast<unsigned>(a_.pack);
-    return static_cast<int>((packed_rows - 1) / static_cast<unsigned>(a_.tile_rows * variant.cluster_blocks)) + 1;
+    return static_cast<int>((packed_rows - 1) / static_cast<unsigned>(a_.rows_of_block * variant.cluster_blocks)) + 1;
   }
 
   __device__ int used_rows(const Lengths& lengths) const {
@@ -133,7 +133,7 @@ class TileFinder {
     set_keys(work, rows.count() > 0, first, last, of_sequence);
     work.first_query = first_query;
     if constexpr (variant.cluster_blocks > 1) {
-      work.first_query += ptx::block_of_cluster() * divide(a_.tile_rows, a_.pack);
+      work.first_query += ptx::block_of_cluster() * divide(a_.rows_of_block, a_.pack);
     }
   }
 

@@ -37,10 +37,11 @@ struct Mbarrier {
   void wait(unsigned parity) {
     while (phase == parity) emulator::emulator_yield();
   }
+  void wait_for_cluster(unsigned parity) { wait(parity); }
 
  private:
   void complete_phase() {
-    if (awaited > 0 || bytes > 0) return;
+    if (awaited > 0 || bytes != 0) return;  // bytes may come before they are expected
     phase ^= 1;
     awaited = arrivals;
   }

@@ -27,7 +27,8 @@ __device__ inline unsigned shared_address_in(int block, const void* pointer) {
   return address;
 }
 
-/// Arrives at that barrier of a block of the cluster.
+/// Arrives at that barrier of a block of the cluster: says that this one has read something, not that it has written,
+/// for which all earlier writes would have to be waited for.
 __device__ inline void arrive_in(int block, Mbarrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(shared_address_in(block, &barrier)) : "memory");
 }

@@ -24,22 +24,22 @@ struct Mbarrier {
   }
 
 // Asks whether the phase is complete, at once (test_wait) or when that has happened or some time has passed (try_wait).
-#define MATE_ASK(instruction)                         \
-  unsigned complete;                                  \
-  asm volatile(                                       \
-      "{\n"                                           \
-      ".reg .pred complete;\n"                        \
-      "mbarrier." instruction                         \
-      ".parity.shared::cta.b64 complete, [%1], %2;\n" \
-      "selp.u32 %0, 1, 0, complete;\n"                \
-      "}"                                             \
-      : "=r"(complete)                                \
-      : "r"(shared_address(this)), "r"(parity)        \
-      : "memory");                                    \
+#define MATE_ASK(instruction)                  \
+  unsigned complete;                           \
+  asm volatile(                                \
+      "{\n"                                    \
+      ".reg .pred complete;\n"                 \
+      "mbarrier." instruction                  \
+      ".shared::cta.b64 complete, [%1], %2;\n" \
+      "selp.u32 %0, 1, 0, complete;\n"         \
+      "}"                                      \
+      : "=r"(complete)                         \
+      : "r"(shared_address(this)), "r"(parity) \
+      : "memory");                             \
   return complete != 0
 
   /// Whether the phase of this parity is complete.
-  __device__ bool is_complete(unsigned parity) { MATE_ASK("test_wait"); }
+  __device__ bool is_complete(unsigned parity) { MATE_ASK("test_wait.parity"); }
 
   /// Waits until it is.
   __device__ void wait(unsigned parity) {
@@ -47,8 +47,15 @@ struct Mbarrier {
     }
   }
 
+  /// The same, and sees what other blocks of the cluster have written before.
+  __device__ void wait_for_cluster(unsigned parity) {
+    while (!becomes_complete_for_cluster(parity)) {
+    }
+  }
+
  private:
-  __device__ bool becomes_complete(unsigned parity) { MATE_ASK("try_wait"); }
+  __device__ bool becomes_complete_for_cluster(unsigned parity) { MATE_ASK("try_wait.parity.acquire.cluster"); }
+  __device__ bool becomes_complete(unsigned parity) { MATE_ASK("try_wait.parity"); }
 
 #undef MATE_ASK
 };
