@@ -345,8 +345,10 @@ int most_decode_rows(const Problem& p, int multiprocessors) {
 /// Whether prompts beside what is decoded are served tile by tile, head after head, so that the L2 cache holds their
 /// keys whatever is decoded meanwhile: where there are tiles enough to keep about half of the multiprocessors busy.
 bool takes_whole_tiles(const Problem& p, int multiprocessors) {
+  constexpr float enough = 0.75F;                                                         // for each multiprocessor
   const std::int64_t packed_rows = (std::int64_t{p.queries.rows} - p.batch) * p.group();  // each may decode one
-  return divide_up(packed_rows, 128) * p.heads_k >= multiprocessors;
+  const std::int64_t tiles = divide_up(packed_rows, 128) * p.heads_k;
+  return static_cast<float>(tiles) >= enough * static_cast<float>(multiprocessors);
 }
 
 VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequences& served = {}) {
