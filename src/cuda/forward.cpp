@@ -144,12 +144,8 @@ int key_capacity(const Problem& p) { return p.keys.paged() ? p.keys.table_capaci
 /// Keys of the longest sequence, as far as the host knows.
 int most_keys(const Problem& p) { return std::min(key_capacity(p), p.max_seqlen_k); }
 
-/// Whether all sequences are as long, as far as the host knows.
-bool are_alike(const Problem& p) {
-  const KeyLayout& keys = p.keys;
-  return p.batch == 1 || !(p.ragged_queries() || p.queries.seqused.given() || keys.cu_seqlens.given() ||
-                           keys.seqused.given() || keys.leftpad.given());
-}
+/// Whether sequences may use different numbers of query rows, which only the device knows.
+bool rows_differ(const Problem& p) { return p.ragged_queries() || p.queries.seqused.given(); }
 
 /// Blocks of keys that the tiles of a sequence take, for each of its heads, if `pack` of them share a tile; in the time
 /// of a multiprocessor, whose cluster takes them together.
@@ -162,8 +158,7 @@ float blocks_of_sequence(const Problem& p, const ForwardVariant& variant, int pa
   const auto blocks_of = [&](int tile) { return blocks_of_tile(tiling, p.mask, lengths, tile).size(); };
   const float blocks = static_cast<float>(blocks_of(0) + blocks_of(tiles - 1)) / 2;
   // A sequence's last tile is half full on average, where sequences have rows of their own.
-  const bool differ = p.batch > 1 && (p.ragged_queries() || p.queries.seqused.given());
-  const float begun = static_cast<float>(tiles) + (differ ? 0.5F : 0.0F);
+  const float begun = static_cast<float>(tiles) + (p.batch > 1 && rows_differ(p) ? 0.5F : 0.0F);
   return begun * blocks * static_cast<float>(variant.cluster_blocks) / static_cast<float>(pack);
 }
 
@@ -215,10 +210,16 @@ bool has_few_rows(const Problem& p) { return most_packed_rows(p) <= 64; }
 
 /// Whether a batch-invariant call may cut a sequence. How many rows ragged and padded ones have only the device knows.
 bool may_cut(const Problem& p, int block_keys) {
-  if (p.ragged_queries() || p.queries.seqused.given()) return true;
+  if (rows_differ(p)) return true;
   const int keys = key_capacity(p);
   return !AlignedCut({p.queries.rows, keys, keys}, {p.group(), p.heads_k, p.head_dim, p.head_dim_v, block_keys})
               .leaves_whole();
+}
+
+/// Whether all sequences are as long, as far as the host knows.
+bool are_alike(const Problem& p) {
+  const KeyLayout& keys = p.keys;
+  return p.batch == 1 || !(rows_differ(p) || keys.cu_seqlens.given() || keys.seqused.given() || keys.leftpad.given());
 }
 
 /// Whether some sequences have far more query rows than others: some are read, others decoded.
@@ -338,17 +339,17 @@ int most_decode_rows(const Problem& p, int multiprocessors) {
   }
   const int most = most_stream_rows(types, p.head_dim, p.head_dim_v);
   const bool all_few = most_packed_rows(p) <= most;
-  const bool all_alike = !p.ragged_queries() && !p.queries.seqused.given();
-  return all_few || all_alike ? 0 : most / most_pack(p);
+  return all_few || !rows_differ(p) ? 0 : most / most_pack(p);
 }
 
 /// Whether prompts beside what is decoded are served tile by tile, head after head, so that the L2 cache holds their
 /// keys whatever is decoded meanwhile: where there are tiles enough to keep about half of the multiprocessors busy.
 bool takes_whole_tiles(const Problem& p, int multiprocessors) {
-  constexpr float enough = 0.75F;                                                         // for each multiprocessor
+  constexpr float tiles_enough = 0.75F;  // of each multiprocessor
+
   const std::int64_t packed_rows = (std::int64_t{p.queries.rows} - p.batch) * p.group();  // each may decode one
   const std::int64_t tiles = divide_up(packed_rows, 128) * p.heads_k;
-  return static_cast<float>(tiles) >= enough * static_cast<float>(multiprocessors);
+  return static_cast<float>(tiles) >= tiles_enough * static_cast<float>(multiprocessors);
 }
 
 VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequences& served = {}) {
