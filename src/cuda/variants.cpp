@@ -39,10 +39,10 @@ ForwardVariant variant_of(const VariantChoice& choice) {
   return variant;
 }
 
-/// Blocks of threads that have a tile together. Gathered rows are not fetched for others, nor prepared ones consumed by
-/// them. Three consumers, those of small heads, use a block of keys for too short a time to agree with three others.
+/// Blocks of threads that have a tile together. Rows that are gathered, or widened, are not fetched for others. Three
+/// consumers, those of small heads, use a block of keys for too short a time to agree with three others.
 int cluster_blocks_for(const ForwardVariant& variant, const VariantChoice& choice) {
-  const bool possible = !variant.gather && !variant.splits && !variant.prepares() && !choice.few_rows && !choice.alike;
+  const bool possible = !variant.gather && !variant.splits && !variant.widens() && !choice.few_rows && !choice.alike;
   return choice.clusters && possible && variant.warpgroups == 2 ? 2 : 1;
 }
 

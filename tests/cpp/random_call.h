@@ -81,7 +81,8 @@ class RandomCall {
     least_q_ = random_.chance(0.7) ? 193 : 129;
     most_q_ = least_q_ == 193 ? 256 : 400;
     most_k_ = 500;
-    q_type_ = k_type_ = out_type_ = type;
+    q_type_ = k_type_ = random_.chance(0.3) ? float8_e4m3fn : type;
+    out_type_ = type;
   }
 
   /// Half of them are multiples of 8, or of 64 where they are large: the copy engine takes those, others are gathered.
@@ -139,7 +140,7 @@ class RandomCall {
     shape.back() = dv_;
     if (!prompts_ && random_.chance(0.25)) a.qv = tensor(q_type_, shape);
     a.out = tensor(out_type_, shape);
-    if (random_.chance(0.8)) {
+    if (rarely(0.8)) {
       a.lse = ragged ? tensor_of_any_order(float32, {heads_q(), rows})
                      : tensor_of_any_order(float32, {batch_, heads_q(), rows});
     }

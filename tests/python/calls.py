@@ -8,7 +8,7 @@ type or an option ignores, and in `out`.
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import numpy as np
@@ -79,6 +79,10 @@ class Call:
     @property
     def returns_lse(self) -> bool:
         return self.normalised.return_attn_probs
+
+    def without_lse(self) -> "Call":
+        names = ("return_attn_probs", "return_softmax_lse")
+        return replace(self, arguments={name: value for name, value in self.arguments.items() if name not in names})
 
     def run(self, library: Any, **changed: Any) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """Makes the call, with fresh scheduler metadata if it is to have some: out, and lse if asked for."""
@@ -642,7 +646,7 @@ class _Drawer:
             arguments["batch_invariant"] = self.chance(0.7)
         if self.function != "flash_attn_with_kvcache" and self.chance(0.2):
             arguments["deterministic"] = self.chance(0.5)
-        if self.chance(0.85):
+        if self.rarely(0.85):
             kvcache = self.function == "flash_attn_with_kvcache"
             arguments["return_softmax_lse" if kvcache or self.chance(0.3) else "return_attn_probs"] = True
         default = torch.bfloat16 if self.dtype == FP8 else self.dtype

@@ -234,16 +234,6 @@ class Consumer {
   }
   __device__ void await_queries(TilePlace tile) const { await(shared_.q, queries_of(tile)); }
 
-  /// Each warp that has done with a block of keys or values says so, to whoever fetches into its buffer.
-  __device__ static void release_block(ptx::Mbarrier& empty) {
-    if constexpr (variant.cluster_blocks > 1) {
-      const int lane = threadIdx.x % 32;
-      if (lane < variant.cluster_blocks) ptx::arrive_in(lane, empty);
-    } else {
-      release(empty);
-    }
-  }
-
   /// After the scores of block n of a tile: its queries are needed no more after the first block, which comes last.
   __device__ void release_queries_at(TilePlace tile, int n) {
     if (n > work_of(tile).blocks.begin) return;

@@ -28,8 +28,9 @@
 //
 // Two blocks of threads may have a tile together, a cluster (ForwardVariant::cluster_blocks), each half of its rows.
 // Either fetches half of each block of keys, and of values, into the shared memory of both, so that the L2 cache is
-// read half as often. k.empty and v.empty then wait for the consumers of both, who release buffers in both, and the
-// scheduler of the first takes tiles and tells the other which.
+// read half as often. k.empty and v.empty then wait for the consumers of both, who release buffers in both, and so do
+// preparers for fetched_v.empty where v.empty is of what they have prepared (preparer.h). The scheduler of the first
+// takes tiles and tells the other which.
 #pragma once
 
 #include "carried_sums.h"
@@ -72,7 +73,6 @@ class ForwardConsumer : Consumer<variant> {
   using Consumer<variant>::key_matrix;
   using Consumer<variant>::next_;
   using Consumer<variant>::query_matrix;
-  using Consumer<variant>::release_block;
   using Consumer<variant>::release_queries_at;
   using Consumer<variant>::release_tile;
   using Consumer<variant>::replaces_sums;
@@ -176,7 +176,7 @@ class ForwardConsumer : Consumer<variant> {
         start_values(weights, sums, value_matrix(next_.before(1)), any_sums);
         ptx::wgmma_wait<0>();
         ptx::hold(sums);
-        if (skips) release_block(shared_.v[0].empty[next_.before(1).stage()]);
+        if (skips) release_values(next_.before(1));
       }
       if (ends_part) {
         carried.add_to(sums, finished);
@@ -210,7 +210,7 @@ class ForwardConsumer : Consumer<variant> {
       if (begin_turn()) pass_turn();
       release_keys();
       release_queries_at(tile, n);
-      release_block(shared_.v[0].empty[next_.before(1).stage()]);
+      release_values(next_.before(1));
     }
     release_tile(tile);
   }
@@ -244,7 +244,7 @@ class ForwardConsumer : Consumer<variant> {
   __device__ void finish_values(Sums sums) {
     ptx::wgmma_wait<0>();
     ptx::hold(sums);
-    release_block(shared_.v[0].empty[next_.before(2).stage()]);
+    release_values(next_.before(2));
   }
 
   /// Waits for this consumer's turn. The first block of all is everybody's at once: then there is none, and false.
@@ -267,8 +267,12 @@ class ForwardConsumer : Consumer<variant> {
     shared_.v[0].full[next_.before(2).stage()].wait(next_.before(2).parity());
   }
 
+  __device__ void release_values(RingPlace<variant.stages> place) {
+    release_for<variant.cluster_of_values()>(shared_.v[0].empty[place.stage()]);
+  }
+
   __device__ void release_keys() {
-    release_block(shared_.k.empty[next_.stage()]);
+    release_for<variant.cluster_blocks>(shared_.k.empty[next_.stage()]);
     next_.advance();
   }
 };

@@ -96,6 +96,7 @@ constexpr void for_each_rare_field(Arguments& a, const Visit& visit) {
   visit(a.problem.keys.batch_index.data, nullptr);
   visit(a.problem.keys.leftpad.data, nullptr);
   visit(a.problem.sink.data, nullptr);
+  visit(a.problem.lse.data, nullptr);
   visit(a.served.which, Sequences::all);
   visit(a.wide_rows, true);
   visit(a.cut.kind, Cut::Kind::even);

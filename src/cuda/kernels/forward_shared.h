@@ -161,11 +161,11 @@ struct ForwardShared {
            4 * (variant.transposed() ? 1 : scorers) * arrivals_of_warp * variant.cluster_blocks);
     for (RingBarriers<variant.stages>& slice : v) {
       slice.init(variant.prepares() ? preparers : producers,
-                 4 * adders * arrivals_of_warp * variant.cluster_blocks / variant.v_slices());
+                 4 * adders * arrivals_of_warp * variant.cluster_of_values() / variant.v_slices());
     }
     constexpr int readers = variant.gather ? 32 * preparers : preparers;
     if constexpr (variant.widens()) fetched_k.init(producers, readers);
-    if constexpr (variant.prepares()) fetched_v.init(producers, readers);
+    if constexpr (variant.prepares()) fetched_v.init(producers, readers * variant.cluster_blocks);
     work.init(1, 32 * (variant.loader_warps() + preparers + consumer_warps));
     for (ptx::Mbarrier& barrier : begun) barrier.init(1);
     readable.init(1);
@@ -185,7 +185,7 @@ __device__ inline void release_read(ptx::Mbarrier& empty) {
     empty.arrive();
   } else {
     __syncwarp();
-    release(empty);
+    release_for<variant.cluster_blocks>(empty);
   }
 }
 

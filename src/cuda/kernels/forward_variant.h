@@ -111,6 +111,9 @@ struct ForwardVariant {
   }
   /// Values, at least, are not multiplied as they are fetched.
   constexpr bool prepares() const { return widens() || e4m3; }
+  /// Blocks of threads whose consumers have done with a buffer of values before it is filled again: each block of a
+  /// cluster prepares its own.
+  constexpr int cluster_of_values() const { return prepares() ? 1 : cluster_blocks; }
   /// One consumer, which may wait for nothing but memory: producers are the more.
   constexpr bool awaits_memory() const { return warpgroups == 1; }
   /// Of the scheduler, the loaders and the preparers.

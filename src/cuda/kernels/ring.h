@@ -1,7 +1,7 @@
 // Rings of buffers in shared memory that a producer fills and consumers empty.
 #pragma once
 
-#include "ptx/mbarrier.h"
+#include "ptx/cluster.h"
 #include "warp.h"
 
 namespace mate::cuda {
@@ -55,6 +55,17 @@ __device__ inline void announce_no_more(RingBarriers<stages>& keys, RingPlace<st
 /// Each warp that has done with a buffer says so.
 __device__ inline void release(ptx::Mbarrier& empty) {
   if (first_lane()) empty.arrive();
+}
+
+/// The same to all of so many blocks of a cluster, which fill each other's buffers.
+template <int cluster_blocks>
+__device__ inline void release_for(ptx::Mbarrier& empty) {
+  if constexpr (cluster_blocks > 1) {
+    const int lane = threadIdx.x % 32;
+    if (lane < cluster_blocks) ptx::arrive_in(lane, empty);
+  } else {
+    release(empty);
+  }
 }
 
 }  // namespace mate::cuda
