@@ -218,7 +218,7 @@ constexpr TileParts parts_of(const Cut& cut, const Shares& shares, Share tile, c
 /// together, and only the device knows how many each has. Of each sequence there may be but `one_tile`.
 constexpr long long most_tiles(const Tiling& tiling, bool one_tile, bool ragged, int rows, int batch) {
   if (one_tile) return batch;
-  return ragged ? tiles_of(tiling, rows) + static_cast<long long>(batch)
+  return ragged ? tiles_of(tiling, rows) + static_cast<long long>(batch > 0 ? batch - 1 : 0)
                 : static_cast<long long>(tiles_of(tiling, rows)) * batch;
 }
 

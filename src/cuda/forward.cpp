@@ -147,6 +147,11 @@ int most_keys(const Problem& p) { return std::min(key_capacity(p), p.max_seqlen_
 /// Whether sequences may use different numbers of query rows, which only the device knows.
 bool rows_differ(const Problem& p) { return p.ragged_queries() || p.queries.seqused.given(); }
 
+/// Whether all sequences use as many query rows, unless what the host knows of them is wrong.
+bool has_uniform_rows(const Problem& p) {
+  return !p.queries.seqused.given() && (!p.ragged_queries() || std::int64_t{most_rows(p)} * p.batch == p.queries.rows);
+}
+
 /// Blocks of keys that the tiles of a sequence take, for each of its heads, if `pack` of them share a tile; in the time
 /// of a multiprocessor, whose cluster takes them together.
 float blocks_of_sequence(const Problem& p, const ForwardVariant& variant, int pack, int rows) {
@@ -249,17 +254,59 @@ bool merges_apart(const Problem& p, const ForwardVariant& variant, Sequences whi
   return std::min<std::int64_t>(p.num_splits, divide_up(most_keys(p), variant.block_keys)) >= many_parts;
 }
 
-/// Whether a call takes less time if keys are shared out among blocks of threads, so that all have as much to do, and
-/// parts of tiles are merged, than if they take whole tiles, those of a sequence with the most keys first.
-/// `merges_apart` says by which launch that would be.
-template <typename MergesApart>
-bool gains_by_sharing(const Problem& p, int multiprocessors, const MergesApart& merges_apart) {
-  constexpr float worth = 1.15F;     // keys may be fewer than there is room for, and what it saves with them
+/// Rows of keys that the copy engine can fetch together, as many as divide a block and a page; 0 where that is fewer
+/// than the eight rows of a swizzled tile, or where sequences begin anywhere in a page. Each block of a cluster fetches
+/// as many boxes.
+int choose_box(const KeyLayout& keys, const ForwardVariant& variant) {
+  const int most = variant.block_keys / variant.cluster_blocks;
+  if (!keys.paged()) return most;
+  const int rows = std::gcd(keys.rows, most);
+  return rows % 8 == 0 && !keys.leftpad.given() ? rows : 0;
+}
+
+/// How the keys of tiles are shared out among blocks of threads.
+enum class Sharing {
+  none,
+  even,       ///< all blocks of threads have as much to do
+  in_cluster  ///< those of each tile among a cluster
+};
+
+/// Blocks of threads of a cluster that share out the keys of a tile, so that all tiles are taken at once: 1 where tiles
+/// are too many for that.
+int cluster_of_tile(const Problem& p, const ForwardVariant& variant, int multiprocessors) {
+  if (!variant.merges_in_cluster || choose_box(p.keys, variant) == 0) return 1;
+  const int pack = choose_pack(p, variant);
+  // Where sequences are said to have as many rows, they do, unless multiprocessors are to be left free whatever they
+  // do.
+  const bool alike = has_uniform_rows(p) && p.sm_margin == 0;
+  const std::int64_t tiles = alike && !variant.one_tile() ? std::int64_t{tiles_of(variant.tiling(pack), most_rows(p))} *
+                                                                p.batch * (p.heads_q / pack)
+                                                          : most_tiles(p, variant, pack);
+  const auto fits = [&](int size) {
+    // Clusters of more than two have to lie in one of the parts of a GPU, some of whose multiprocessors are then left
+    // over. How many differs from one GPU to the next: bits are not to.
+    const int usable = size == 2 ? multiprocessors : multiprocessors / 4 * 3;
+    return tiles * size <= usable;
+  };
+  int size = largest_cluster;
+  while (size > 1 && !fits(size)) --size;
+  // Evenly shared out, keys are all multiprocessors'.
+  const bool uses_half = tiles * size * 9 >= std::int64_t{multiprocessors} * 4;
+  return !has_few_rows(p) || uses_half ? size : 1;
+}
+
+/// How keys of many rows are shared out in the least time: not at all, if blocks of threads take whole tiles, those of
+/// a sequence with the most keys first; evenly; or in clusters of so many blocks.
+Sharing choose_sharing(const Problem& p, int multiprocessors, int cluster) {
+  // Merging takes as long as so many blocks of keys.
+  constexpr float merging = 8.5;
+  constexpr float merging_in_cluster = 3.5;
+  constexpr float worth = 1.2F;      // as long as a block takes one that is shared out evenly; and keys may be fewer
   constexpr float tiles_enough = 8;  // of each multiprocessor, whatever their keys are
   const Tiling tiling{128, 128, p.group()};
   const int rows = mean_rows(p);
   const int keys = most_keys(p);
-  if (rows == 0 || p.batch == 0) return false;
+  if (rows == 0 || p.batch == 0) return Sharing::none;
   const Lengths lengths{rows, keys, clamp(std::int64_t{keys} * p.mask.cp_world, 0, max_length)};
   const int tiles_of_unit = tiles_of(tiling, rows);
   const float tiles = static_cast<float>(tiles_of_unit) * static_cast<float>(p.batch) * static_cast<float>(p.heads_k) /
@@ -268,26 +315,29 @@ bool gains_by_sharing(const Problem& p, int multiprocessors, const MergesApart& 
     return static_cast<float>(blocks_of_tile(tiling, p.mask, lengths, tile).size());
   };
   const auto [least, most] = std::minmax({blocks_of(0), blocks_of(tiles_of_unit - 1)});
-  // Where they may not be alike, one tile of the longest may come last.
-  if (!are_alike(p)) return most > long_blocks && tiles < tiles_enough;
   const float shared = tiles * (most + least) / 2;
+  const float even = worth * shared + merging;
+  const float in_cluster = most / static_cast<float>(cluster) + merging_in_cluster;
+  if (cluster > 1 && in_cluster < std::min(most, even)) return Sharing::in_cluster;
+  // Where they may not be alike, one tile of the longest may come last.
+  if (!are_alike(p)) return most > long_blocks && tiles < tiles_enough ? Sharing::even : Sharing::none;
   const float whole = std::max(most, std::min(std::ceil(tiles) * most, shared + least));
-  // Of blocks of keys that could be multiplied meanwhile.
-  constexpr float merging = 2 * long_blocks;
-  constexpr float merging_apart = long_blocks;
-  const float saved = whole - worth * shared;
-  return saved > merging || (saved > merging_apart && merges_apart());
+  return whole > even ? Sharing::even : Sharing::none;
 }
 
-/// Whether keys are shared out among blocks of threads: where the call says so, and where that takes less time.
-template <typename MergesApart>
-bool shares_keys(const Problem& p, int multiprocessors, const MergesApart& merges_apart) {
-  if (has_few_rows(p)) return true;
-  if (p.num_splits != 0) return p.num_splits > 1;
+/// How a call's keys are shared out: as it says, or so that it takes the least time.
+Sharing sharing_of(const Problem& p, const VariantChoice& choice, int multiprocessors) {
+  const bool few_rows = has_few_rows(p);
+  if (p.num_splits != 0) return few_rows || p.num_splits > 1 ? Sharing::even : Sharing::none;
   // Prompts need the matrix units, decoded tokens memory: even shares of both, at the same time, take less time than
   // one after the other.
-  if (is_mixed(p)) return has_long_keys(p);
-  return gains_by_sharing(p, multiprocessors, merges_apart);
+  if (is_mixed(p) && !few_rows) return has_long_keys(p) ? Sharing::even : Sharing::none;
+  VariantChoice merged = choice;
+  merged.merges_in_cluster = true;
+  const int cluster = cluster_of_tile(p, choose_variant(merged), multiprocessors);
+  // Of few rows memory is the limit, however many keys there are.
+  if (few_rows) return cluster > 1 ? Sharing::in_cluster : Sharing::even;
+  return choose_sharing(p, multiprocessors, cluster);
 }
 
 /// How many tiles of each unit of a sequence are taken at the same time, since they need much the same keys: where all
@@ -295,8 +345,7 @@ bool shares_keys(const Problem& p, int multiprocessors, const MergesApart& merge
 int choose_team(const Problem& p, const ForwardVariant& variant, int pack, int workers) {
   constexpr int largest = 8;
   const int rows = most_rows(p);
-  const bool alike = !p.queries.seqused.given() &&
-                     (!p.ragged_queries() || std::int64_t{rows} * p.batch == p.queries.rows) && p.mask.chunk == 0;
+  const bool alike = has_uniform_rows(p) && p.mask.chunk == 0;
   if (variant.one_tile() || !alike || rows > variant.block_keys) return 1;
   const int tiles = tiles_of(variant.tiling(pack), rows);
   int team = std::max(1, std::min({tiles, largest, workers}));
@@ -352,9 +401,10 @@ bool takes_whole_tiles(const Problem& p, int multiprocessors) {
   return static_cast<float>(tiles) >= tiles_enough * static_cast<float>(multiprocessors);
 }
 
-VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequences& served = {}) {
+/// `gather` says that rows are loaded one by one.
+VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequences& served = {}, bool gather = false) {
   constexpr int few_keys = 1024;
-  VariantChoice choice{p.head_dim, p.head_dim_v, {p.q.type, p.k.type, p.out.type}, scores_of(p)};
+  VariantChoice choice{p.head_dim, p.head_dim_v, {p.q.type, p.k.type, p.out.type}, scores_of(p), gather};
   const bool large_scores = choice.types.all_e4m3() && has_large_scores(p);
   const bool decodes = served.which == Sequences::decodes;
   choice.few_rows = decodes || has_few_rows(p);
@@ -376,23 +426,11 @@ VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequence
   } else if (served.which == Sequences::prefills) {
     choice.splits = !takes_whole_tiles(p, multiprocessors);
   } else {
-    choice.splits = shares_keys(p, multiprocessors, [&] {
-      VariantChoice cut = choice;
-      cut.splits = true;
-      return merges_apart(p, choose_variant(cut), served.which, multiprocessors);
-    });
+    const Sharing sharing = sharing_of(p, choice, multiprocessors);
+    choice.splits = sharing == Sharing::even;
+    choice.merges_in_cluster = sharing == Sharing::in_cluster;
   }
   return choice;
-}
-
-/// Rows of keys that the copy engine can fetch together, as many as divide a block and a page; 0 where that is fewer
-/// than the eight rows of a swizzled tile, or where sequences begin anywhere in a page. Each block of a cluster fetches
-/// as many boxes.
-int choose_box(const KeyLayout& keys, const ForwardVariant& variant) {
-  const int most = variant.block_keys / variant.cluster_blocks;
-  if (!keys.paged()) return most;
-  const int rows = std::gcd(keys.rows, most);
-  return rows % 8 == 0 && !keys.leftpad.given() ? rows : 0;
 }
 
 /// Whether a call takes less time if blocks of threads have tiles together, in clusters, and fetch keys for each other:
@@ -491,13 +529,12 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   results.add(p.out, p.query_slots(), p.queries.rows, p.heads_q);
   results.add(p.head_dim_v * bytes_of(p.out.type));
   arguments.wide_rows = results.bytes() == 16;
-  VariantChoice choice = choose(p, multiprocessors, served);
-  if (choice.splits) arguments.cut = choose_cut(p);
-  choice.plain = is_plain(arguments);
-  choice.clusters = gains_by_clusters(p, choice, multiprocessors, served.which);
   ForwardVariant variant;
   const auto settle = [&](bool gather) {
-    choice.gather = gather;
+    VariantChoice choice = choose(p, multiprocessors, served, gather);
+    arguments.cut = choice.splits ? choose_cut(p) : Cut{};
+    choice.plain = is_plain(arguments);
+    choice.clusters = gains_by_clusters(p, choice, multiprocessors, served.which);
     variant = choose_variant(choice);
     pack_rows(p, variant, arguments);
     arguments.box_keys = choose_box(p.keys, variant);
@@ -517,10 +554,11 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   const std::int64_t tiles = most_tiles(p, variant, arguments.pack);
   require(tiles < max_length - gpu.multiprocessors, "q must have fewer than 2**31 tiles of ",
           variant.tiling(arguments.pack).tile_rows, " rows, got ", tiles);
-  int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, multiprocessors / variant.cluster_blocks)) *
-               variant.cluster_blocks;
+  const int cluster = variant.merges_in_cluster ? cluster_of_tile(p, variant, multiprocessors) : variant.cluster_blocks;
+  const std::int64_t most_at_once = variant.merges_in_cluster ? tiles : multiprocessors / cluster;
+  int blocks = static_cast<int>(std::clamp<std::int64_t>(tiles, 1, most_at_once)) * cluster;
   if (served.which == Sequences::all) {
-    const std::int64_t uncertain = p.ragged_queries() ? std::int64_t{p.batch} * arguments.units : 0;
+    const std::int64_t uncertain = p.ragged_queries() ? std::int64_t{p.batch - 1} * arguments.units : 0;
     arguments.expected_tiles = static_cast<int>(std::max<std::int64_t>(tiles - uncertain, 0));
   }
   if (variant.splits) {
@@ -539,7 +577,7 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
                            {.grid = {static_cast<unsigned>(blocks)},
                             .block = {static_cast<unsigned>(variant.threads())},
                             .stream = queue,
-                            .cluster_blocks = static_cast<unsigned>(variant.cluster_blocks)},
+                            .cluster_blocks = static_cast<unsigned>(cluster)},
                            arguments,
                            !variant.splits};
   if (arguments.parts.sums != nullptr && merges_apart(p, variant, served.which, blocks)) {
@@ -636,6 +674,7 @@ void scheduler_metadata(const Problem& p, int device_id, void* stream, int* out,
   arguments.problem = p;
   VariantChoice choice = choose(p, gpu.multiprocessors);
   choice.splits = true;
+  choice.merges_in_cluster = false;
   const ForwardVariant variant = choose_variant(choice);
   pack_rows(p, variant, arguments);
   const Kernel kernel = scheduler_metadata_kernels().load(

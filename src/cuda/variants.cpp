@@ -42,7 +42,8 @@ ForwardVariant variant_of(const VariantChoice& choice) {
 /// Blocks of threads that have a tile together. Rows that are gathered, or widened, are not fetched for others. Three
 /// consumers, those of small heads, use a block of keys for too short a time to agree with three others.
 int cluster_blocks_for(const ForwardVariant& variant, const VariantChoice& choice) {
-  const bool possible = !variant.gather && !variant.splits && !variant.widens() && !choice.few_rows && !choice.alike;
+  const bool possible = !variant.gather && !variant.splits && !variant.widens() && !variant.merges_in_cluster &&
+                        !choice.few_rows && !choice.alike;
   return choice.clusters && possible && variant.warpgroups == 2 ? 2 : 1;
 }
 
@@ -85,7 +86,9 @@ ForwardVariant begin_variant(const VariantChoice& choice) {
   variant.head_dim = round_up(choice.head_dim, variant.e4m3 ? 32 : 16);
   variant.head_dim_v = round_up(choice.head_dim_v, 16);
   const bool small = std::max(variant.head_dim, variant.head_dim_v) <= 64;
-  variant.warpgroups = choice.few_rows ? 1 : small && !choice.gather && !choice.splits && !variant.widens() ? 3 : 2;
+  variant.merges_in_cluster = choice.merges_in_cluster && !choice.gather && !choice.splits && !choice.alike;
+  const bool has_three = small && !choice.gather && !choice.splits && !variant.merges_in_cluster && !variant.widens();
+  variant.warpgroups = choice.few_rows ? 1 : has_three ? 3 : 2;
   variant.stages = 2;
   variant.cluster_blocks = cluster_blocks_for(variant, choice);
   if (variant.prepares()) variant.fetched_stages = 2;
@@ -111,6 +114,36 @@ void fetch_further_ahead(ForwardVariant& variant) {
   const int left = most_shared_bytes - variant.shared_bytes();
   const int stages = variant.fetched_stages + left / (variant.fetched_k_bytes() + variant.fetched_v_bytes());
   variant.fetched_stages = std::clamp(stages, variant.fetched_stages, most_stages);
+}
+
+/// The largest tiles of forward.h that registers and shared memory hold.
+ForwardVariant forward_variant(const VariantChoice& choice) {
+  ForwardVariant variant = begin_variant(choice);
+  const bool narrow = choice.narrow || variant.merges_in_cluster;
+  variant.block_keys = choice.alike ? common_block_keys(choice) : most_block_keys(variant, narrow);
+  if (choice.splits && !choice.gather && !choice.alike) {
+    // How keys are cut must not depend on where they lie.
+    VariantChoice gathers = choice;
+    gathers.gather = true;
+    variant.block_keys = std::min(variant.block_keys, forward_variant(gathers).block_keys);
+  }
+  const int stage_bytes = variant.k_bytes() + variant.v_bytes();
+  if (variant.prepares()) {
+    variant.q_stages =
+        choice.few_rows && 2 * variant.q_bytes() + 2 * stage_bytes + variant.fetched_bytes() <= variant.tile_bytes()
+            ? 2
+            : 1;
+    fetch_further_ahead(variant);
+    return variant;
+  }
+  if (choice.few_rows || choice.splits) {
+    // Keys are a stream that has to flow on while a tile ends and the next begins.
+    const int q_stages = choice.few_rows ? 2 : 1;
+    const int stages = (variant.tile_bytes() - q_stages * variant.q_bytes()) / stage_bytes;
+    variant.stages = std::clamp(stages, variant.stages, most_stages);
+  }
+  variant.q_stages = variant.stages * stage_bytes + 2 * variant.q_bytes() <= variant.tile_bytes() ? 2 : 1;
+  return variant;
 }
 
 constexpr bool is_wide(const VariantChoice& choice) {
@@ -243,31 +276,11 @@ ForwardVariant choose_variant(const VariantChoice& choice) {
     return choice.types.key == ElementType::float8_e4m3 ? transposed_variant(choice) : wide_variant(choice);
   }
   if (choice.stream_rows > 0) return stream_variant(choice);
-  ForwardVariant variant = begin_variant(choice);
-  variant.block_keys = choice.alike ? common_block_keys(choice) : most_block_keys(variant, choice.narrow);
-  if (choice.splits && !choice.gather && !choice.alike) {
-    // How keys are cut must not depend on where they lie.
-    VariantChoice gathers = choice;
-    gathers.gather = true;
-    variant.block_keys = std::min(variant.block_keys, choose_variant(gathers).block_keys);
-  }
-  const int stage_bytes = variant.k_bytes() + variant.v_bytes();
-  if (variant.prepares()) {
-    variant.q_stages =
-        choice.few_rows && 2 * variant.q_bytes() + 2 * stage_bytes + variant.fetched_bytes() <= variant.tile_bytes()
-            ? 2
-            : 1;
-    fetch_further_ahead(variant);
-    return variant;
-  }
-  if (choice.few_rows || choice.splits) {
-    // Keys are a stream that has to flow on while a tile ends and the next begins.
-    const int q_stages = choice.few_rows ? 2 : 1;
-    const int stages = (variant.tile_bytes() - q_stages * variant.q_bytes()) / stage_bytes;
-    variant.stages = std::clamp(stages, variant.stages, most_stages);
-  }
-  variant.q_stages = variant.stages * stage_bytes + 2 * variant.q_bytes() <= variant.tile_bytes() ? 2 : 1;
-  return variant;
+  const ForwardVariant variant = forward_variant(choice);
+  if (!variant.merges_in_cluster || variant.has_room_for_part()) return variant;
+  VariantChoice other = choice;
+  other.merges_in_cluster = false;
+  return forward_variant(other);
 }
 
 std::uint64_t key_of(const ForwardVariant& v) {
@@ -292,6 +305,7 @@ std::uint64_t key_of(const ForwardVariant& v) {
   append(v.qv, 1);
   append(v.e4m3, 1);
   append(v.cluster_blocks, 2);
+  append(v.merges_in_cluster, 1);
   append(v.plain, 1);
   return key;
 }
@@ -305,7 +319,7 @@ KernelSource source_of(const ForwardVariant& v) {
                      v.transposed() ? join("_scorers", v.scorers()) : "",
                      v.scores == Scores::products ? "" : join("_", name_of(v.scores)), v.widens() ? "_widened" : "",
                      v.gather ? "_gather" : "", v.splits ? "_splits" : "", v.cluster_blocks > 1 ? "_clusters" : "",
-                     v.plain ? "_plain" : "");
+                     v.merges_in_cluster ? "_merged" : "", v.plain ? "_plain" : "");
   source.text = join("#include \"", kernel, ".h\"\n\nextern \"C\" __global__ void __launch_bounds__(", v.threads(),
                      ", 1)\n", source.name,
                      "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n"
@@ -320,7 +334,8 @@ KernelSource source_of(const ForwardVariant& v) {
                      "      .wide = ", flag(v.wide), ",\n", "      .stream_rows = ", v.stream_rows, ",\n",
                      "      .transposed_rows = ", v.transposed_rows, ",\n", "      .qv = ", flag(v.qv), ",\n",
                      "      .e4m3 = ", flag(v.e4m3), ",\n", "      .cluster_blocks = ", v.cluster_blocks, ",\n",
-                     "      .plain = ", flag(v.plain), "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
+                     "      .merges_in_cluster = ", flag(v.merges_in_cluster), ",\n", "      .plain = ", flag(v.plain),
+                     "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
   source.shared_bytes = v.shared_bytes();
   return source;
 }
@@ -382,12 +397,14 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
   const auto add = [&](const KernelSource& source) {
     if (names.insert(source.name).second) sources.push_back(source);
   };
-  for (int choices = 0; choices < 32; ++choices) {
+  for (int choices = 0; choices < 64; ++choices) {
     VariantChoice choice{head_dim, head_dim_v, types, softcap ? Scores::capped : Scores::products};
     choice.qv = qv;
-    bool* const flags[] = {&choice.gather, &choice.splits, &choice.few_rows, &choice.narrow, &choice.alike};
-    for (int i = 0; i < 5; ++i) *flags[i] = (choices >> i & 1) != 0;
-    if (choice.few_rows && !choice.splits && !choice.alike) continue;  // keys of so few rows are always shared out
+    bool* const flags[] = {&choice.gather, &choice.splits, &choice.few_rows,
+                           &choice.narrow, &choice.alike,  &choice.merges_in_cluster};
+    for (int i = 0; i < 6; ++i) *flags[i] = (choices >> i & 1) != 0;
+    // Keys of so few rows are always shared out.
+    if (choice.few_rows && !choice.splits && !choice.alike && !choice.merges_in_cluster) continue;
     for (const int rows : {64, 32, largest_stream_rows, 1}) {
       choice.transposed_rows = transposed_rows_for(choice.few_rows ? rows : 64);
       choice.stream_rows = choice.few_rows ? stream_rows_for(types, head_dim, head_dim_v, rows) : 0;
@@ -396,6 +413,7 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
         choice.plain = plain;
         choice.clusters = clusters;
         const ForwardVariant variant = choose_variant(choice);
+        if (variant.merges_in_cluster != choice.merges_in_cluster) continue;
         add(source_of(variant));
         if (variant.splits) add(scheduler_metadata_source(variant.block_keys));
       }

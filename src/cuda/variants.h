@@ -25,7 +25,8 @@ struct VariantChoice {
   bool alike = false;  ///< who adds up what does not depend on what else is chosen, so that bits do not
   bool qv = false;     ///< there are queries of values
   bool plain = false;  ///< the call asks for nothing rare (is_plain)
-  bool clusters = false;  ///< tiles may be those of clusters of blocks of threads
+  bool clusters = false;           ///< tiles may be those of clusters of blocks of threads
+  bool merges_in_cluster = false;  ///< such a cluster shares out the keys of a tile (ForwardVariant)
 };
 
 /// How many packed rows of a sequence the kernel of stream.h can take for tensors of these types and head sizes: 0

@@ -25,13 +25,18 @@ class RandomCall {
 
   enum class Kind {
     any,
-    mixed,   ///< a prompt, and sequences of a few queries at most, over pages that have room for far more keys
-    plain,   ///< nothing rare, for which a GPU has other kernels: see is_plain in forward_arguments.h
-    prompts  ///< of so many rows that clusters of a GPU's multiprocessors may have them together, many of them plain
+    mixed,     ///< a prompt, and sequences of a few queries at most, over pages that have room for far more keys
+    plain,     ///< nothing rare, for which a GPU has other kernels: see is_plain in forward_arguments.h
+    prompts,   ///< of so many rows that clusters of a GPU's multiprocessors may have them together, many of them plain
+    few_tiles  ///< of so many keys that such a cluster may share out those of each, many of them plain
   };
 
   explicit RandomCall(std::uint64_t seed, Kind kind = Kind::any)
-      : random_(seed), mixed_(kind == Kind::mixed), plain_(kind == Kind::plain), prompts_(kind == Kind::prompts) {
+      : random_(seed),
+        mixed_(kind == Kind::mixed),
+        plain_(kind == Kind::plain),
+        prompts_(kind == Kind::prompts),
+        few_tiles_(kind == Kind::few_tiles) {
     draw_sizes();
     draw_scores();
     draw_queries();
@@ -64,6 +69,10 @@ class RandomCall {
       draw_prompts(narrow);
       return;
     }
+    if (few_tiles_) {
+      draw_few_tiles(narrow);
+      return;
+    }
     q_type_ = random_.one_of<DLDataType>({float32, float16, bfloat16, float8_e4m3fn, narrow});
     const bool quantised_cache = q_type_ == narrow && random_.chance(0.4);
     k_type_ = quantised_cache ? float8_e4m3fn : q_type_;
@@ -82,6 +91,22 @@ class RandomCall {
     most_q_ = least_q_ == 193 ? 256 : 400;
     most_k_ = 500;
     q_type_ = k_type_ = random_.chance(0.3) ? float8_e4m3fn : type;
+    out_type_ = type;
+  }
+
+  void draw_few_tiles(DLDataType type) {
+    plain_ = random_.chance(0.5);
+    batch_ = random_.chance(0.8) ? 1 : 2;
+    heads_k_ = 1;
+    group_ = random_.one_of<std::int64_t>({1, 2, 4});
+    d_ = random_.one_of<std::int64_t>({16, 64, 72, 128, 256});
+    dv_ = random_.chance(0.7) ? d_ : random_.one_of<std::int64_t>({40, 64, 128});
+    least_q_ = 17;
+    most_q_ = random_.one_of<std::int64_t>({30, 64, 140});
+    least_k_ = 200;
+    most_k_ = 1500;
+    q_type_ = random_.chance(0.2) ? float8_e4m3fn : type;
+    k_type_ = random_.chance(0.2) ? float8_e4m3fn : q_type_;
     out_type_ = type;
   }
 
@@ -138,7 +163,7 @@ class RandomCall {
     if (ragged || random_.chance(0.2)) a.max_seqlen_q = longest(lengths) + random_.integer(0, 2);
     std::vector<std::int64_t> shape(a.q.shape(), a.q.shape() + a.q.ndim());
     shape.back() = dv_;
-    if (!prompts_ && random_.chance(0.25)) a.qv = tensor(q_type_, shape);
+    if (!prompts_ && !few_tiles_ && random_.chance(0.25)) a.qv = tensor(q_type_, shape);
     a.out = tensor(out_type_, shape);
     if (rarely(0.8)) {
       a.lse = ragged ? tensor_of_any_order(float32, {heads_q(), rows})
@@ -150,13 +175,13 @@ class RandomCall {
     AttentionArguments& a = arguments;
     const auto storage = mixed_ ? Storage::paged : static_cast<Storage>(random_.integer(0, 2));
     const bool appends = storage != Storage::ragged && random_.chance(0.4);
-    const std::int64_t page_size =
-        prompts_ ? random_.one_of<std::int64_t>({16, 64}) : random_.one_of<std::int64_t>({1, 2, 3, 16, 64, 100});
+    const std::int64_t page_size = prompts_ || few_tiles_ ? random_.one_of<std::int64_t>({16, 64})
+                                                          : random_.one_of<std::int64_t>({1, 2, 3, 16, 64, 100});
 
     Integers capacity =
-        storage == Storage::ragged ? draw_lengths(most_k_) : Integers(batch_, random_.integer(0, most_k_));
+        storage == Storage::ragged ? draw_lengths(most_k_) : Integers(batch_, random_.integer(least_k_, most_k_));
     if (storage == Storage::paged)
-      capacity.assign(batch_, (random_.integer(0, most_k_) + page_size - 1) / page_size * page_size);
+      capacity.assign(batch_, (random_.integer(least_k_, most_k_) + page_size - 1) / page_size * page_size);
     used_ = capacity;
     if (mixed_ || appends || random_.chance(0.5)) {
       for (std::int64_t& used : used_) used = random_.integer(random_.chance(0.5) ? used / 2 : 0, used);
@@ -285,10 +310,13 @@ class RandomCall {
 
   void draw_work() {
     AttentionArguments& a = arguments;
-    a.num_splits = mixed_ || plain_ ? 0 : prompts_ ? 1 : random_.one_of<std::int64_t>({-1, 0, 1, 2, 3, 7, 256});
+    a.num_splits = mixed_ || plain_ || few_tiles_ ? 0
+                   : prompts_                     ? 1
+                                                  : random_.one_of<std::int64_t>({-1, 0, 1, 2, 3, 7, 256});
     if (random_.chance(0.5)) a.pack_gqa = random_.chance(0.5);
-    a.sm_margin = random_.one_of<std::int64_t>({0, 0, prompts_ ? 2 : 1, prompts_ ? 2 : 1000});
-    a.batch_invariant = !mixed_ && !prompts_ && rarely(0.2);
+    // Of the emulated GPU's twelve multiprocessors.
+    a.sm_margin = random_.one_of<std::int64_t>({0, 0, few_tiles_ ? 6 : 8, few_tiles_ ? 0 : prompts_ ? 10 : 1000});
+    a.batch_invariant = !mixed_ && !prompts_ && !few_tiles_ && rarely(0.2);
     if (random_.chance(0.2)) {
       // As good as stale: a call must end, with the right results, whatever it holds.
       Integers stale(scheduler_metadata_size(batch_));
@@ -381,8 +409,9 @@ class RandomCall {
     for (std::size_t i = 0; i < count; ++i) order[i] = count - 1 - i;
     if (random_.chance(0.4)) random_.shuffle(order);
     for (const std::size_t dimension : order) {
-      if (random_.chance(0.2)) stride += random_.integer(1, 5) * (plain_ || prompts_ ? 16 : 1);  // aligned
-      strides[dimension] = !prompts_ && random_.chance(0.05) ? -stride : stride;
+      if (random_.chance(0.2))
+        stride += random_.integer(1, 5) * (plain_ || prompts_ || few_tiles_ ? 16 : 1);  // aligned
+      strides[dimension] = !prompts_ && !few_tiles_ && random_.chance(0.05) ? -stride : stride;
       stride *= std::max<std::int64_t>(shape[dimension], 1);
     }
   }
@@ -391,7 +420,9 @@ class RandomCall {
   bool mixed_;
   bool plain_;
   bool prompts_;
-  std::int64_t batch_ = 0, heads_k_ = 1, group_ = 1, d_ = 1, dv_ = 1, least_q_ = 0, most_q_ = 1, most_k_ = 1;
+  bool few_tiles_;
+  std::int64_t batch_ = 0, heads_k_ = 1, group_ = 1, d_ = 1, dv_ = 1, least_q_ = 0, most_q_ = 1, least_k_ = 0,
+               most_k_ = 1;
   bool long_keys_ = false;
   DLDataType q_type_{}, k_type_{}, out_type_{};
   Integers used_;  ///< keys in use of each sequence

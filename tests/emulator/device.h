@@ -33,7 +33,7 @@ struct alignas(16) Parcel {
 
 extern "C" {
 extern Index emulator_thread, emulator_block, emulator_block_size, emulator_grid_size;
-extern int emulator_block_of_cluster;
+extern int emulator_block_of_cluster, emulator_blocks_of_cluster;
 
 /// Lets the other threads of the block run.
 void emulator_yield();

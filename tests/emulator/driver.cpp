@@ -24,6 +24,7 @@ using namespace mate::cuda;
 extern "C" {
 Index emulator::emulator_thread, emulator::emulator_block, emulator::emulator_block_size, emulator::emulator_grid_size;
 int emulator::emulator_block_of_cluster;
+int emulator::emulator_blocks_of_cluster;
 }
 
 namespace mate::cuda {
@@ -34,7 +35,7 @@ namespace {
 
 using Kernel = void (*)(void** arguments);
 
-constexpr int multiprocessors = 4;
+constexpr int multiprocessors = 12;
 constexpr int l2_bytes = 50 << 20;
 
 /// A cluster of blocks of threads while it runs.
@@ -88,7 +89,7 @@ class Cluster {
   static constexpr int most_idle_rounds = 10000;
   static constexpr std::size_t stack_bytes = 256 * 1024;
   static constexpr int most_threads = 1024;
-  static constexpr int most_blocks = 2;
+  static constexpr int most_blocks = 8;
 
   struct Thread {
     ucontext_t context;
@@ -150,6 +151,7 @@ class Cluster {
     emulator_block = first_block_;
     emulator_block.x += static_cast<unsigned>(current_);
     emulator_block_of_cluster = current_;
+    emulator_blocks_of_cluster = static_cast<int>(blocks_.size());
     for (int i = 0; i < static_cast<int>(block().threads.size()); ++i) {
       Thread& thread = block().threads[i];
       if (thread.ended) continue;

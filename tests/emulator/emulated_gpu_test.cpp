@@ -156,6 +156,21 @@ TEST_F(EmulatedGpu, ClustersTakeTilesWithoutKeys) {
   EXPECT_EQ(testing::judge(memory, a, tolerance_of(a)), "");
 }
 
+TEST_F(EmulatedGpu, ClustersShareOutTheKeysOfFewTiles) {
+  testing::Memory memory;
+  testing::Random random(1);
+  AttentionArguments a;
+  a.causal = true;
+  a.num_splits = 0;
+  for (Tensor* tensor : {&a.q, &a.out}) *tensor = memory.tensor(bfloat16, {1, 100, 1, 64});
+  for (Tensor* tensor : {&a.k, &a.v}) *tensor = memory.tensor(bfloat16, {1, 1100, 1, 64});
+  for (const Tensor& input : {a.q, a.k, a.v}) testing::fill(input, [&] { return random.uniform(-1, 1); });
+  move_to_gpu(a);
+  const std::string kernels = new_kernels_of(a);
+  EXPECT_NE(kernels.find("_merged_plain"), std::string::npos) << kernels;
+  EXPECT_EQ(testing::judge(memory, a, tolerance_of(a)), "");
+}
+
 TEST_F(EmulatedGpu, ClustersServePromptsBesideDecodedTokens) {
   constexpr std::int64_t page_size = 64;
   constexpr std::int64_t size = 128;
@@ -165,6 +180,7 @@ TEST_F(EmulatedGpu, ClustersServePromptsBesideDecodedTokens) {
   AttentionArguments a;
   a.causal = true;
   a.window_left = 200;
+  a.sm_margin = 8;  // so few multiprocessors are kept busy by whole tiles
   a.cu_seqlens_q = memory.integers({0, 1, 501, 601});
   a.max_seqlen_q = 500;
   for (Tensor* tensor : {&a.q, &a.out}) *tensor = memory.tensor(bfloat16, {601, 2, size});
@@ -251,6 +267,8 @@ TEST_F(EmulatedGpu, MatchesTheReference) { judge_calls(testing::RandomCall::Kind
 TEST_F(EmulatedGpu, MatchesTheReferenceInPlainCalls) { judge_calls(testing::RandomCall::Kind::plain, 30); }
 
 TEST_F(EmulatedGpu, MatchesTheReferenceInPrompts) { judge_calls(testing::RandomCall::Kind::prompts, 16); }
+
+TEST_F(EmulatedGpu, MatchesTheReferenceInFewTiles) { judge_calls(testing::RandomCall::Kind::few_tiles, 16); }
 
 /// Sequences of all kinds, and of prompts beside few queries.
 TEST_F(EmulatedGpu, IsBatchInvariantWhereAsked) {

@@ -61,7 +61,7 @@ class Kind(NamedTuple):
         return dict(library.kernel_sources(self.head_size, self.head_size_v, *types, self.softcap, self.qv))
 
 
-MOST_KERNELS_OF_KIND = 38
+MOST_KERNELS_OF_KIND = 46
 STEP = 16  # kernels are made for head sizes that are multiples of it
 # Those of the tests that choose their head sizes themselves, and some of all models' sizes.
 FIXED = (

@@ -60,6 +60,7 @@ def calls() -> list[Call]:
         with_rows = (call for call in drawn if call.normalised.q.numel() > 0)
         chosen = [several_tiles(kind, causal=False), several_tiles(kind, causal=True)]
         chosen += [decoding(kind, (390, 70)).without_lse(), mixed(kind), decoding(kind, (33, 0) * 20)]
+        chosen.append(few_tiles(kind))
         if kind.dtype is FP8 and not kind.qv:
             chosen.append(many_keys(kind))
         chosen += itertools.islice(with_rows, CALLS_OF_KIND - len(chosen))
@@ -82,6 +83,22 @@ def several_tiles(kind: Kind, causal: bool) -> Call:
     }
     softcap = 5.0 if kind.softcap else 0.0
     return Call("flash_attn_func", {**tensors, "causal": causal, "softcap": softcap, "return_attn_probs": causal})
+
+
+def few_tiles(kind: Kind) -> Call:
+    """A call whose tiles' keys are shared out in clusters, if its kind has such kernels."""
+    numbers = torch.Generator().manual_seed(SEED)
+    shapes = {"q": (1, 90, 4, kind.head_size)}
+    shapes |= {"k_cache": (1, 1500, 2, kind.head_size), "v_cache": (1, 1500, 2, kind.head_size_v)}
+    if kind.qv:
+        shapes["qv"] = (1, 90, 4, kind.head_size_v)
+    types = {"k_cache": kind.key_type, "v_cache": kind.key_type}
+    arguments: dict[str, Any] = {
+        name: torch.randn(shape, generator=numbers).to(types.get(name, kind.dtype)) for name, shape in shapes.items()
+    }
+    arguments["cache_seqlens"] = torch.tensor([1490], dtype=torch.int32)
+    softcap = 5.0 if kind.softcap else 0.0
+    return Call("flash_attn_with_kvcache", {**arguments, "causal": True, "softcap": softcap})
 
 
 def many_keys(kind: Kind) -> Call:

@@ -65,6 +65,11 @@ def cached(
     return Call("flash_attn_with_kvcache", {**arguments, "causal": True, "return_softmax_lse": True, **options})
 
 
+def few_tiles(**options: Any) -> Call:
+    """So few that the keys of each are shared out in a cluster."""
+    return cached((2500, 64, 129, 0), rows=40, capacity=3072, **options)
+
+
 def paged(
     lengths: tuple = (500, 64, 129, 0),
     rows: int = 1,
@@ -128,7 +133,7 @@ def prompts_beside_decoding(**options: Any) -> Call:
     return side_by_side((300, 1, 129, 0), **options)
 
 
-MAKERS = [normal, ragged, cached, paged, appending, latent, prompts_and_decoding, prompts_beside_decoding]
+MAKERS = [normal, ragged, cached, few_tiles, paged, appending, latent, prompts_and_decoding, prompts_beside_decoding]
 
 
 def capture(call: Call, mate: ModuleType) -> tuple[torch.cuda.CUDAGraph, tuple]:
@@ -302,7 +307,7 @@ def test_the_first_call_of_a_process_in_a_capture(device: str) -> None:
 
 def test_a_thousand_replays_on_several_streams_at_once_give_equal_bits(mate: ModuleType, device: str) -> None:
     graphs = []
-    for call in (normal(), ragged(), cached(), paged(num_splits=5)):
+    for call in (normal(), ragged(), cached(), few_tiles(), paged(num_splits=5)):
         want = call.run(mate)
         graphs.append((torch.cuda.Stream(), *capture(call, mate), want, torch.zeros((), device=device)))
     torch.cuda.synchronize()
@@ -314,7 +319,7 @@ def test_a_thousand_replays_on_several_streams_at_once_give_equal_bits(mate: Mod
                     wrong += (got != right).any()
                     got.fill_(torch.nan)
     torch.cuda.synchronize()
-    assert [int(wrong) for *_, wrong in graphs] == [0, 0, 0, 0]
+    assert [int(wrong) for *_, wrong in graphs] == [0] * len(graphs)
 
 
 def test_a_call_runs_on_the_stream_of_its_caller(mate: ModuleType, device: str) -> None:
@@ -381,12 +386,12 @@ def test_calls_of_two_launches_from_several_threads_on_one_stream(mate: ModuleTy
 def test_every_gpu_of_the_machine(mate: ModuleType, device: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU here")
-    call = normal()
-    want = call.run(mate)
-    for i in range(torch.cuda.device_count()):
-        arguments = {name: x.to(i) if isinstance(x, torch.Tensor) else x for name, x in call.arguments.items()}
-        got = Call(call.function, arguments).run(mate)  # while another GPU is the current one
-        assert same_bits([x.to(device) for x in got], want)
+    for call in (normal(), few_tiles()):
+        want = call.run(mate)
+        for i in range(torch.cuda.device_count()):
+            arguments = {name: x.to(i) if isinstance(x, torch.Tensor) else x for name, x in call.arguments.items()}
+            got = Call(call.function, arguments).run(mate)  # while another GPU is the current one
+            assert same_bits([x.to(device) for x in got], want)
 
 
 @pytest.mark.parametrize("margin", [0, 100, 10_000])
@@ -481,6 +486,41 @@ def test_blocks_of_threads_that_fetch_keys_for_each_other(
     if page_size is not None:
         arguments["page_table"] = torch.randperm(slots[0], device=DEVICE).to(torch.int32).view(len(lengths), -1)
     check(cached(lengths, num_splits=1, **arguments, **options), mate)
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (256, 256), (192, 128)], ids=str)
+@pytest.mark.parametrize(("rows", "heads"), [(17, (4, 1)), (40, (4, 2)), (150, (6, 6))], ids=str)
+@pytest.mark.parametrize("page_size", [None, 16, 256])
+@pytest.mark.parametrize("options", [{}, {"causal": False, "window_size": (900, 100)}, {"pack_gqa": False}], ids=str)
+def test_blocks_of_threads_that_share_out_the_keys_of_a_tile(
+    mate: ModuleType,
+    device: str,
+    sizes: tuple,
+    rows: int,
+    heads: tuple,
+    page_size: Optional[int],
+    options: dict,
+) -> None:
+    """Tiles of clusters of up to eight, some of whose blocks have no keys, and some tiles none at all."""
+    lengths, capacity = (3000, 130, 0), 3072
+    (heads_q, heads_k), (size, size_v) = heads, sizes
+    slots = (len(lengths), capacity) if page_size is None else (len(lengths) * capacity // page_size, page_size)
+    arguments: dict[str, Any] = {
+        "q": randn(len(lengths), rows, heads_q, size),
+        "k_cache": randn(*slots, heads_k, size),
+        "v_cache": randn(*slots, heads_k, size_v),
+    }
+    if page_size is not None:
+        arguments["page_table"] = torch.randperm(slots[0], device=DEVICE).to(torch.int32).view(len(lengths), -1)
+    check(cached(lengths, **arguments, **options), mate)
+
+
+@pytest.mark.parametrize("types", [(FP8, FP8), (BF16, FP8)], ids=str)
+@pytest.mark.parametrize("rows", [8, 40, 150])
+def test_e4m3_keys_of_a_tile_are_shared_out(mate: ModuleType, device: str, types: tuple, rows: int) -> None:
+    query_type, key_type = types
+    keys, values = (randn(2, 3000, 2, 128).to(key_type) for _ in range(2))
+    check(cached((3000, 700), q=randn(2, rows, 8, 128).to(query_type), k_cache=keys, v_cache=values), mate)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 100])

@@ -18,7 +18,7 @@ template <ForwardVariant variant>
 class Consumer {
  public:
   __device__ Consumer(const ForwardArguments& arguments, ForwardShared<variant>& shared, int group)
-      : a_(arguments), shared_(shared), group_(group), results_(arguments, group, shared.is_last) {}
+      : a_(arguments), shared_(shared), group_(group), results_(arguments, group, shared) {}
 
  protected:
   using TilePlace = RingPlace<ForwardShared<variant>::work_stages>;
@@ -315,6 +315,7 @@ __device__ __forceinline__ void run(const ForwardArguments& given) {
         }
       }
     }
+    if constexpr (variant.merges_in_cluster) ptx::cluster_sync();  // consumers wait for all threads
   } else if (variant.transposed() && consumer < variant.scorers()) {
     if constexpr (variant.transposed()) {
       ptx::set_registers<variant.scorer_registers(), variant.registers_at_start()>();
@@ -326,10 +327,15 @@ __device__ __forceinline__ void run(const ForwardArguments& given) {
       ptx::set_registers<variant.consumer_registers(), variant.registers_at_start()>();
     await_inputs(a);
     OtherConsumer(a, shared, consumer).run();
+    if constexpr (variant.merges_in_cluster) {
+      ptx::cluster_sync();  // all blocks have stored their parts of the tile
+      const float value_factor = variant.scaled() ? shared.scales[0].value_factor : 1;
+      ResultWriter<variant>(a, consumer, shared).merge_in_cluster(shared.works[0], value_factor);
+    }
   }
   if (threadIdx.x < 32) clear_rows_of_no_tile<variant>(a);  // the scheduler, which is done first
   await_prefills(a);
-  if constexpr (variant.cluster_blocks > 1) ptx::cluster_sync();  // others may yet arrive at this block's barriers
+  if constexpr (variant.clustered()) ptx::cluster_sync();  // others may yet reach into this block's shared memory
 }
 
 }  // namespace mate::cuda

@@ -31,6 +31,10 @@
 // read half as often. k.empty and v.empty then wait for the consumers of both, who release buffers in both, and so do
 // preparers for fetched_v.empty where v.empty is of what they have prepared (preparer.h). The scheduler of the first
 // takes tiles and tells the other which.
+//
+// Or, where tiles are few and keys many, each tile is that of a cluster of up to eight blocks of threads, which share
+// out its keys (ForwardVariant::merges_in_cluster). Each leaves its sums in its shared memory, where keys and values
+// were, and when all have, each merges some of the rows.
 #pragma once
 
 #include "carried_sums.h"

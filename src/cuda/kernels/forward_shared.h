@@ -67,6 +67,13 @@ struct WarpResults<variant, true> {
   float2 weights[variant.stream_warps()][variant.tile_rows()];  ///< see OnlineSoftmax::partial()
 };
 
+/// What a block of a cluster that shares out a tile's keys has summed up.
+template <ForwardVariant variant>
+struct ClusterPart {
+  alignas(16) float sums[variant.tile_rows()][variant.part_pitch()];
+  float2 weights[variant.tile_rows()];  ///< see OnlineSoftmax::partial()
+};
+
 /// What the scheduler and the loaders know of a share that may be found ahead of time: see schedule.h.
 template <ForwardVariant variant, bool needed = variant.keeps_rehearsed()>
 struct Rehearsal {
@@ -144,6 +151,13 @@ struct ForwardShared {
     } else {
       return *reinterpret_cast<BatchSteps*>(k_tiles);
     }
+  }
+
+  /// Where keys and values were, once all of the tile are consumed.
+  __device__ ClusterPart<variant>& part() {
+    static_assert(!variant.merges_in_cluster ||
+                  (variant.has_room_for_part() && sizeof(ClusterPart<variant>) == variant.part_bytes()));
+    return *reinterpret_cast<ClusterPart<variant>*>(k_tiles);
   }
 
   __device__ void init() {

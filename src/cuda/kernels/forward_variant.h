@@ -14,6 +14,9 @@ inline constexpr int chunk_columns = chunk_row_bytes / 2;
 /// Shared memory of a block of threads.
 inline constexpr int most_shared_bytes = 227 * 1024;
 
+/// Blocks of a cluster that any GPU allows.
+inline constexpr int largest_cluster = 8;
+
 constexpr int chunks_of(int head_dim, int element_bytes = 2) {
   return (head_dim * element_bytes + chunk_row_bytes - 1) / chunk_row_bytes;
 }
@@ -56,6 +59,8 @@ struct ForwardVariant {
   bool e4m3 = false;        ///< e4m3 is multiplied as it is, values transposed, by weights of e4m3; else it is widened
   int cluster_blocks = 1;   ///< blocks of threads that have a tile together: each has rows of its own, and fetches a
                             ///< part of each block of keys for all of them
+  bool merges_in_cluster = false;  ///< each tile is a cluster's, of any size, whose blocks of threads share out its
+                                   ///< keys and merge what they have summed up, in each other's shared memory
   bool plain = false;  ///< without what few calls ask for (for_each_rare_field in forward_arguments.h): code that is
                        ///< not executed still stands between what is, and a GPU waits for code as for memory
 
@@ -71,6 +76,8 @@ struct ForwardVariant {
   constexpr bool may_merge_apart() const { return splits && !stream(); }
   /// Whether consumers score the next block while they multiply the values of this one (forward.h).
   constexpr bool scores_ahead() const { return !wide && !stream(); }
+  /// Whether blocks of threads reach into each other's shared memory.
+  constexpr bool clustered() const { return cluster_blocks > 1 || merges_in_cluster; }
   /// Parts of a tile, of 64 rows each, that consumers are done with at times of their own.
   constexpr int row_groups() const { return wide || stream() ? 1 : warpgroups; }
   /// Consumers of the same rows.
@@ -153,6 +160,13 @@ struct ForwardVariant {
   constexpr int fetched_k_bytes() const { return widens() ? block_keys * chunks_of(head_dim, 1) * chunk_row_bytes : 0; }
   constexpr int fetched_v_bytes() const {
     return prepares() ? block_keys * chunks_of(head_dim_v, 1) * chunk_row_bytes : 0;
+  }
+  // What a block of a cluster has summed up, where blocks of keys and values were before. Rows begin in different
+  // banks.
+  constexpr int part_pitch() const { return head_dim_v + 8; }
+  constexpr int part_bytes() const { return tile_rows() * (part_pitch() + 2) * static_cast<int>(sizeof(float)); }
+  constexpr bool has_room_for_part() const {
+    return part_bytes() <= stages * (k_bytes() + v_bytes()) + fetched_bytes();
   }
   constexpr int fetched_bytes() const { return fetched_stages * (fetched_k_bytes() + fetched_v_bytes()); }
   /// Tiles of weights, where consumers have them in common: one that they use in turns, or a ring.

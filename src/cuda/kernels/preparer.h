@@ -86,7 +86,8 @@ class Preparer {
 
   using Transposed = Transposition<variant.block_keys, variant.head_dim_v, variant.preparer_warps()>;
 
-  /// Clears rows before `begin` and from `end` on, of the columns that this warp transposes.
+  /// Clears rows before `begin` and from `end` on, of the columns that this warp transposes. The fence of announce()
+  /// stands between that and the next block of keys there, whichever block of a cluster fetches it.
   __device__ static void clear_columns(unsigned char* tile, int begin, int end) {
     const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll 1

@@ -1,18 +1,20 @@
 // What becomes of a tile's sums: rows of out and their log-sum-exp, or a part of them, merged with the others by
-// whoever is done last, or by another launch (merge_parts.h).
+// whoever is done last, by another launch (merge_parts.h), or by all who have parts, blocks of one cluster.
 #pragma once
 
-#include "forward_variant.h"
+#include "forward_shared.h"
 #include "part_merger.h"
+#include "ptx/cluster.h"
 #include "ptx/global.h"
 #include "store.h"
 
 namespace mate::cuda {
 
 /// Named barriers: 0 is __syncthreads, then come the turns of up to three consumers, or the warps of each of two
-/// scorers and all of these (transposed.h), then the consumers of some rows by themselves.
+/// scorers and all of these (transposed.h), then the consumers of some rows by themselves, and all consumers.
 inline constexpr int first_turn_barrier = 1;
 inline constexpr int first_row_group_barrier = 4;
+inline constexpr int all_consumers_barrier = 7;
 
 /// Used by all threads of the consumers of some rows together, each of which has sums of columns of its own.
 template <ForwardVariant variant>
@@ -21,9 +23,9 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
   static constexpr int columns = variant.consumer_columns();
   using Sums = float (&)[columns / 2];
 
-  /// Of consumer `consumer`. `is_last` is in shared memory, and has room for each group of rows.
-  __device__ ResultWriter(const ForwardArguments& arguments, int consumer, int* is_last)
-      : PartMerger<variant.types.out, variant.head_dim_v>(arguments), consumer_(consumer), is_last_(is_last) {}
+  /// Of consumer `consumer`.
+  __device__ ResultWriter(const ForwardArguments& arguments, int consumer, ForwardShared<variant>& shared)
+      : PartMerger<variant.types.out, variant.head_dim_v>(arguments), consumer_(consumer), shared_(shared) {}
 
   /// Of a tile, or the part of it that begins with block `begin`, whose keys have all been seen: the last of the parts
   /// that this block of threads takes comes first. Sums of values are multiplied by `value_factor`.
@@ -36,6 +38,10 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
         if (begin == work.blocks.begin) end_parts(work, value_factor);
         return;
       }
+    }
+    if constexpr (variant.merges_in_cluster) {
+      store_part_for_cluster(sums, softmax);
+      return;
     }
     // Two lanes for each row of the warp find where it goes; those that hold its sums ask the first of them.
     const int lane = threadIdx.x % 32;
@@ -123,6 +129,23 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
     }
   }
 
+  /// Merges the parts of a tile that the blocks of this cluster have stored: each block some rows.
+  __device__ void merge_in_cluster(const TileWork& work, float value_factor) const {
+    if (work.sequence < 0) return;
+    const ClusterPart<variant>& part = shared_.part();
+    const int parts = work.parts.count;
+    constexpr int lines_at_once = 2;  // of more, so much more code takes longer to arrive than it spares
+    merge_many<lines_at_once>(
+        work, value_factor, {ptx::block_of_cluster() * warps + thread() / 32, parts * warps},
+        [&](int block, int row) {
+          const float2 weight = ptx::load_from(block, part.weights[row]);
+          return PartWeight{weight.x, weight.y};
+        },
+        [&](int block, int row, int column) {
+          return ptx::load_from(block, *reinterpret_cast<const float4*>(&part.sums[row][column]));
+        });
+  }
+
   /// Waits for the other threads of the rows' consumers.
   __device__ void await_others() const { ptx::barrier_sync(first_row_group_barrier + group(), threads); }
 
@@ -198,6 +221,23 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
     return target;
   }
 
+  /// Where keys and values were, which other consumers may yet multiply.
+  __device__ void store_part_for_cluster(Sums sums, const OnlineSoftmax& softmax) const {
+    ptx::barrier_sync(all_consumers_barrier, 128 * variant.warpgroups);
+    ClusterPart<variant>& part = shared_.part();
+#pragma unroll
+    for (int i = 0; i < rows_of_thread; ++i) {
+      const int row = group() * 64 + accumulator_row(i);
+      const float2 weight = softmax.partial(i);
+      if (has_first_column()) part.weights[row] = weight;
+      float* const target = part.sums[row] + accumulator_column();
+#pragma unroll
+      for (int j = 0; j < columns / 8; ++j) {
+        *reinterpret_cast<float2*>(target + 8 * j) = make_float2(sums[4 * j + 2 * i], sums[4 * j + 2 * i + 1]);
+      }
+    }
+  }
+
   __device__ void store_part(const TileWork& work, int part, Sums sums, const OnlineSoftmax& softmax) const {
 #pragma unroll
     for (int i = 0; i < rows_of_thread; ++i) {
@@ -223,10 +263,10 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
       int* const done = a_.counters + work.parts.counter * variant.row_groups() + group();
       const bool last = ptx::add_and_synchronize(done, work.parts.taken) == others;
       if (last) *done = 0;
-      is_last_[group()] = last;
+      shared_.is_last[group()] = last;
     }
     await_others();
-    return is_last_[group()];
+    return shared_.is_last[group()];
   }
 
   /// The warps of the rows' consumers merge their parts.
@@ -234,7 +274,12 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
     if constexpr (variant.stream()) {
       for_own_rows([&](int row) { return Base::template merge_row_of<most_at_once>(work, row, value_factor); });
     } else {
-      merge_many(work, value_factor);
+      constexpr int lines_at_once = variant.transposed() ? 2 : 4;
+      // Its number is not worth a register all along.
+      merge_many<lines_at_once>(
+          work, value_factor, {ptx::known_only_here(thread()) / 32, warps},
+          [&](int part, int row) { return weight_of(work, part, row); },
+          [&](int part, int row, int column) { return sums_of(work, part, row, column); });
     }
   }
 
@@ -247,20 +292,21 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
     }
   }
 
-  /// Merges parts where rows are many: each warp has every so manieth of them.
-  __device__ void merge_many(const TileWork& work, float value_factor) const {
+  /// Merges parts where rows are many: each of the warps that share them has every so manieth of them. Row r of a part
+  /// has part_weight(part, r), and part_sums(part, r, column) from a column on, of so many lines at once.
+  template <int lines_at_once, typename WeightOfPart, typename SumsOfPart>
+  __device__ void merge_many(const TileWork& work, float value_factor, Sharer warp, const WeightOfPart& part_weight,
+                             const SumsOfPart& part_sums) const {
     static_assert(rows <= 32 * warps);
     const Problem& p = a_.problem;
     const int slot = p.query_slot(work.sequence);
-    const int warp = ptx::known_only_here(thread()) / 32;  // it is not worth a register all along
-    const int first = first_row() + warp;
-    const auto row = [&](int i) { return first + i * warps; };
+    const int first = first_row() + warp.number;
+    const auto row = [&](int i) { return first + i * warp.count; };
     const int end = end_of_rows(work, work.used);
-    constexpr int lines_at_once = variant.transposed() ? 2 : 4;
     merge_rows<lines_at_once>(
-        end > first ? divide(end - first - 1, warps) + 1 : 0, work.parts.count, p.head_dim_v,
-        [&](int i, int part) { return weight_of(work, part, row(i)); },
-        [&](int i, int part, int column) { return sums_of(work, part, row(i), column); },
+        end > first ? divide(end - first - 1, warp.count) + 1 : 0, work.parts.count, p.head_dim_v,
+        [&](int i, int part) { return part_weight(part, row(i)); },
+        [&](int i, int part, int column) { return part_sums(part, row(i), column); },
         [&](int i, PartWeight all) {
           const RowPlace place = place_of(a_, work, row(i));
           const long long row_of_out = row_in_tensor(work, place);
@@ -273,7 +319,7 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
         [&](unsigned short* out, int column, float(&sums)[4]) { store_columns(out, column, sums, value_factor); });
     const int existing = end_of_rows(work, work.place.query_capacity);
 #pragma unroll 1
-    for (int i = max(end, first_row()) + warp; i < existing; i += warps) {
+    for (int i = max(end, first_row()) + warp.number; i < existing; i += warp.count) {
       const RowPlace place = place_of(a_, work, i);
       clear_row(p, slot, row_in_tensor(work, place), place.head, -infinity());
     }
@@ -322,7 +368,7 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
   }
 
   int consumer_;
-  int* is_last_;
+  ForwardShared<variant>& shared_;
 };
 
 }  // namespace mate::cuda

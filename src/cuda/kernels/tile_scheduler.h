@@ -1,5 +1,6 @@
 // Hands out the tiles of a call: each block of threads, or cluster of them, begins with the tile of its own number and
-// then takes the next one that nobody has taken, so that those which had little to do do more.
+// then takes the next one that nobody has taken, so that those which had little to do do more. Where the blocks of a
+// cluster share out the keys of a tile, there are clusters for all tiles, and each has one or none.
 #pragma once
 
 #include "forward_shared.h"
@@ -22,7 +23,7 @@ class TileScheduler : TileFinder<variant> {
   /// Writes the next tile to `work`. Returns whether there was one.
   __device__ bool next(TileWork& work) {
     const bool first = index_ < 0;
-    index_ = first ? first_index() : take();
+    index_ = first ? first_index() : variant.merges_in_cluster ? max_length : take();
     const int sequence = find_sequence();
     if (threadIdx.x % 32 == 0) {
       work.sequence = sequence;
@@ -30,13 +31,14 @@ class TileScheduler : TileFinder<variant> {
         this->locate(work);
         ptx::forget_shared_memory();
         choose_tile(work);
-      } else if (takes() && !first && index_ - workers() == tiles_before_ - 1) {
+      } else if (!variant.merges_in_cluster && takes() && !first && index_ - workers() == tiles_before_ - 1) {
         // As many are taken as there are tiles, since each is followed by a question for another: this was the last.
         *a_.counters = 0;
       }
     }
     if (sequence < 0) return false;
     this->find_keys(work);
+    if constexpr (variant.merges_in_cluster) return take_share(work);
     return true;
   }
 
@@ -45,19 +47,42 @@ class TileScheduler : TileFinder<variant> {
   using TileFinder<variant>::problem;
   using TileFinder<variant>::units;
 
-  static constexpr bool clustered = variant.cluster_blocks > 1;
+  /// Whether the first block of a cluster tells the others which tiles it takes.
+  static constexpr bool tells = variant.cluster_blocks > 1;
+
+  /// Blocks of threads that have a tile together.
+  __device__ static int blocks_of_tile() {
+    return variant.merges_in_cluster ? ptx::blocks_of_cluster() : variant.cluster_blocks;
+  }
+
+  /// Leaves this block its share of a tile's keys. Returns whether it has one, or all of a tile without keys.
+  __device__ static bool take_share(TileWork& work) {
+    __syncwarp();
+    const BlockRange blocks = work.blocks;
+    const int parts = max(min(blocks_of_tile(), blocks.size()), 1);
+    const int number = ptx::block_of_cluster();
+    __syncwarp();
+    if (first_lane()) {
+      work.parts.count = parts;
+      work.blocks = {blocks.begin + divide(blocks.size() * number, parts),
+                     blocks.begin + divide(blocks.size() * (number + 1), parts)};
+      if (number >= parts) work.sequence = -1;
+    }
+    __syncwarp();
+    return number < parts;
+  }
 
   /// Whether this block is the one of its cluster that takes tiles and tells the others.
-  __device__ static bool takes() { return !clustered || ptx::block_of_cluster() == 0; }
+  __device__ static bool takes() { return !tells || ptx::block_of_cluster() == 0; }
 
   /// Blocks of threads, or clusters, that take tiles: not worth a register.
   __device__ int workers() const {
-    return max(workers_of_launch(a_, static_cast<int>(gridDim.x)) / variant.cluster_blocks, 1);
+    return max(workers_of_launch(a_, static_cast<int>(gridDim.x)) / blocks_of_tile(), 1);
   }
 
   /// Blocks that have nothing to do begin behind all tiles.
   __device__ int first_index() const {
-    const int number = static_cast<int>(blockIdx.x) / variant.cluster_blocks;
+    const int number = static_cast<int>(blockIdx.x) / blocks_of_tile();
     return number < workers() ? number : max_length;
   }
 
@@ -97,7 +122,7 @@ class TileScheduler : TileFinder<variant> {
     int taken = 0;
     if (takes() && first_lane()) taken = workers() + atomicAdd(a_.counters, 1);
     taken = __shfl_sync(~0U, taken, 0);
-    if constexpr (clustered) {
+    if constexpr (tells) {
       const int stage = ticket_.stage();
       ptx::Mbarrier& full = tickets_.ring.full[stage];
       ptx::Mbarrier& empty = tickets_.ring.empty[stage];

@@ -512,7 +512,7 @@ class Adder : TransposedConsumer<variant> {
 
   /// Number `columns()`, of those that each have some of the values' columns.
   __device__ static int columns() { return warpgroup() - variant.scorers(); }
-  __device__ ResultWriter<variant> results() const { return {a_, columns(), shared_.is_last}; }
+  __device__ ResultWriter<variant> results() const { return {a_, columns(), shared_}; }
 
   __device__ static int warp() { return static_cast<int>(thread_of_warpgroup() / 32); }
   __device__ int lane_column() const {

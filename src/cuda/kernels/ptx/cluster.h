@@ -12,6 +12,13 @@ __device__ inline int block_of_cluster() {
   return number;
 }
 
+/// How many blocks its cluster has.
+__device__ inline int blocks_of_cluster() {
+  int count;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(count));
+  return count;
+}
+
 /// Waits until all threads of the cluster have come here, and sees what they have written.
 __device__ inline void cluster_sync() {
   asm volatile(
@@ -27,8 +34,8 @@ __device__ inline unsigned shared_address_in(int block, const void* pointer) {
   return address;
 }
 
-/// Arrives at that barrier of a block of the cluster: says that this one has read something, not that it has written,
-/// for which all earlier writes would have to be waited for.
+/// Arrives at that barrier of a block of the cluster: says that this one has done with something, not that others may
+/// read what it has written, for which all earlier writes would have to be waited for.
 __device__ inline void arrive_in(int block, Mbarrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(shared_address_in(block, &barrier)) : "memory");
 }
@@ -39,6 +46,22 @@ __device__ inline void send_to(int block, int& target, int value, Mbarrier& barr
                    shared_address_in(block, &target)),
                "r"(value), "r"(shared_address_in(block, &barrier))
                : "memory");
+}
+
+/// What a block of the cluster has in its shared memory where this one has `own`.
+__device__ inline float4 load_from(int block, const float4& own) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(shared_address_in(block, &own)));
+  return value;
+}
+__device__ inline float2 load_from(int block, const float2& own) {
+  float2 value;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+               : "=f"(value.x), "=f"(value.y)
+               : "r"(shared_address_in(block, &own)));
+  return value;
 }
 
 }  // namespace mate::cuda::ptx
