@@ -65,6 +65,23 @@ def cached(
     return Call("flash_attn_with_kvcache", {**arguments, "causal": True, "return_softmax_lse": True, **options})
 
 
+def over_a_cache(
+    batch: int, rows: int, capacity: int, heads: tuple, sizes: tuple, page_size: Optional[int]
+) -> dict[str, Any]:
+    """Queries of so many rows, and a cache, of pages where they have a size. Heads are those of queries and of keys,
+    sizes those of keys and of values."""
+    (heads_q, heads_k), (size, size_v) = heads, sizes
+    slots = (batch, capacity) if page_size is None else (batch * capacity // page_size, page_size)
+    arguments: dict[str, Any] = {
+        "q": randn(batch, rows, heads_q, size),
+        "k_cache": randn(*slots, heads_k, size),
+        "v_cache": randn(*slots, heads_k, size_v),
+    }
+    if page_size is not None:
+        arguments["page_table"] = torch.randperm(slots[0], device=DEVICE).to(torch.int32).view(batch, -1)
+    return arguments
+
+
 def few_tiles(**options: Any) -> Call:
     """So few that the keys of each are shared out in a cluster."""
     return cached((2500, 64, 129, 0), rows=40, capacity=3072, **options)
@@ -474,18 +491,10 @@ def test_blocks_of_threads_that_fetch_keys_for_each_other(
     options: dict,
 ) -> None:
     """Tiles of clusters, for most of these sizes, some of which see no keys; on few multiprocessors each has many."""
-    lengths, rows, capacity = (960, 640, 130, 0), 490, 1024
-    (heads_q, heads_k), (size, size_v) = heads, sizes
-    slots = (len(lengths), capacity) if page_size is None else (len(lengths) * capacity // page_size, page_size)
-    arguments: dict[str, Any] = {
-        "q": randn(len(lengths), rows, heads_q, size),
-        "k_cache": randn(*slots, heads_k, size),
-        "v_cache": randn(*slots, heads_k, size_v),
-        "sm_margin": max(0, torch.cuda.get_device_properties(device).multi_processor_count - multiprocessors),
-    }
-    if page_size is not None:
-        arguments["page_table"] = torch.randperm(slots[0], device=DEVICE).to(torch.int32).view(len(lengths), -1)
-    check(cached(lengths, num_splits=1, **arguments, **options), mate)
+    lengths = (960, 640, 130, 0)
+    arguments = over_a_cache(len(lengths), 490, 1024, heads, sizes, page_size)
+    margin = max(0, torch.cuda.get_device_properties(device).multi_processor_count - multiprocessors)
+    check(cached(lengths, num_splits=1, sm_margin=margin, **arguments, **options), mate)
 
 
 @pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (256, 256), (192, 128)], ids=str)
@@ -502,17 +511,8 @@ def test_blocks_of_threads_that_share_out_the_keys_of_a_tile(
     options: dict,
 ) -> None:
     """Tiles of clusters of up to eight, some of whose blocks have no keys, and some tiles none at all."""
-    lengths, capacity = (3000, 130, 0), 3072
-    (heads_q, heads_k), (size, size_v) = heads, sizes
-    slots = (len(lengths), capacity) if page_size is None else (len(lengths) * capacity // page_size, page_size)
-    arguments: dict[str, Any] = {
-        "q": randn(len(lengths), rows, heads_q, size),
-        "k_cache": randn(*slots, heads_k, size),
-        "v_cache": randn(*slots, heads_k, size_v),
-    }
-    if page_size is not None:
-        arguments["page_table"] = torch.randperm(slots[0], device=DEVICE).to(torch.int32).view(len(lengths), -1)
-    check(cached(lengths, **arguments, **options), mate)
+    lengths = (3000, 130, 0)
+    check(cached(lengths, **over_a_cache(len(lengths), rows, 3072, heads, sizes, page_size), **options), mate)
 
 
 @pytest.mark.parametrize("types", [(FP8, FP8), (BF16, FP8)], ids=str)
