@@ -121,8 +121,8 @@ struct ForwardVariant {
   /// Blocks of threads whose consumers have done with a buffer of values before it is filled again: each block of a
   /// cluster prepares its own.
   constexpr int cluster_of_values() const { return prepares() ? 1 : cluster_blocks; }
-  /// One consumer, which may wait for nothing but memory: producers are the more.
-  constexpr bool awaits_memory() const { return warpgroups == 1; }
+  /// Consumers that wait for nothing but memory, as one may, and those of few rows do: producers are the more.
+  constexpr bool awaits_memory() const { return warpgroups == 1 || stream(); }
   /// Of the scheduler, the loaders and the preparers.
   constexpr int producer_warpgroups() const {
     if (widens()) return awaits_memory() ? 3 : head_dim <= 128 && head_dim_v <= 128 ? 2 : 1;
@@ -196,7 +196,7 @@ struct ForwardVariant {
     if (e4m3) return splits ? 88 : gather ? 72 : 56;
     // Consumers of wide.h have registers to spare: they score 64 keys, or 128 where sums are few.
     if (wide && !gather && (splits || !transposed())) return 72;
-    if (transposed() && gather) return 80;
+    if ((transposed() || (stream() && warpgroups > 1)) && gather) return 80;
     return gather || splits || (widens() && producer_warpgroups() == 1) ? 88 : 40;
   }
   /// Of warpgroups of producers beside the first.
