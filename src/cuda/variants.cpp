@@ -70,11 +70,12 @@ int most_block_keys(const ForwardVariant& variant, bool narrow) {
   return variant.splits ? power_of_two_below(tried.block_keys) : tried.block_keys;
 }
 
+/// Where e4m3 is multiplied as it is, sums of more columns leave registers only if others need few.
+constexpr int most_e4m3_columns = 192;
+
 /// Whether e4m3 is multiplied as it is.
 bool multiplies_e4m3(const VariantChoice& choice) {
-  // Sums of more columns leave registers only where others need few.
-  constexpr int most_columns = 192;
-  const bool fits = choice.head_dim_v <= most_columns || !(choice.gather || choice.splits);
+  const bool fits = choice.head_dim_v <= most_e4m3_columns || !(choice.gather || choice.splits);
   // Of few rows memory is the limit, and weights that are more exact cost nothing.
   return choice.types.all_e4m3() && fits && !choice.few_rows && !choice.alike;
 }
@@ -86,7 +87,8 @@ ForwardVariant begin_variant(const VariantChoice& choice) {
   variant.head_dim = round_up(choice.head_dim, variant.e4m3 ? 32 : 16);
   variant.head_dim_v = round_up(choice.head_dim_v, 16);
   const bool small = std::max(variant.head_dim, variant.head_dim_v) <= 64;
-  variant.merges_in_cluster = choice.merges_in_cluster && !choice.gather && !choice.splits && !choice.alike;
+  variant.merges_in_cluster = choice.merges_in_cluster && !choice.gather && !choice.splits && !choice.alike &&
+                              !(variant.e4m3 && choice.head_dim_v > most_e4m3_columns);
   const bool has_three = small && !choice.gather && !choice.splits && !variant.merges_in_cluster && !variant.widens();
   variant.warpgroups = choice.few_rows ? 1 : has_three ? 3 : 2;
   variant.stages = 2;
