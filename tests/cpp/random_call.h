@@ -51,6 +51,8 @@ class RandomCall {
   enum class Storage { normal, ragged, paged };
 
   bool rarely(double probability) { return !plain_ && random_.chance(probability); }
+  /// Whether clusters are to serve the call if they can: its rows are aligned, and nothing else decides how.
+  bool for_clusters() const { return prompts_ || few_tiles_; }
 
   void draw_sizes() {
     batch_ = mixed_ ? random_.integer(3, 5) : random_.chance(0.05) ? 0 : random_.integer(1, 4);
@@ -163,7 +165,7 @@ class RandomCall {
     if (ragged || random_.chance(0.2)) a.max_seqlen_q = longest(lengths) + random_.integer(0, 2);
     std::vector<std::int64_t> shape(a.q.shape(), a.q.shape() + a.q.ndim());
     shape.back() = dv_;
-    if (!prompts_ && !few_tiles_ && random_.chance(0.25)) a.qv = tensor(q_type_, shape);
+    if (!for_clusters() && random_.chance(0.25)) a.qv = tensor(q_type_, shape);
     a.out = tensor(out_type_, shape);
     if (rarely(0.8)) {
       a.lse = ragged ? tensor_of_any_order(float32, {heads_q(), rows})
@@ -175,8 +177,8 @@ class RandomCall {
     AttentionArguments& a = arguments;
     const auto storage = mixed_ ? Storage::paged : static_cast<Storage>(random_.integer(0, 2));
     const bool appends = storage != Storage::ragged && random_.chance(0.4);
-    const std::int64_t page_size = prompts_ || few_tiles_ ? random_.one_of<std::int64_t>({16, 64})
-                                                          : random_.one_of<std::int64_t>({1, 2, 3, 16, 64, 100});
+    const std::int64_t page_size =
+        for_clusters() ? random_.one_of<std::int64_t>({16, 64}) : random_.one_of<std::int64_t>({1, 2, 3, 16, 64, 100});
 
     Integers capacity =
         storage == Storage::ragged ? draw_lengths(most_k_) : Integers(batch_, random_.integer(least_k_, most_k_));
@@ -314,9 +316,11 @@ class RandomCall {
                    : prompts_                     ? 1
                                                   : random_.one_of<std::int64_t>({-1, 0, 1, 2, 3, 7, 256});
     if (random_.chance(0.5)) a.pack_gqa = random_.chance(0.5);
-    // Of the emulated GPU's twelve multiprocessors.
-    a.sm_margin = random_.one_of<std::int64_t>({0, 0, few_tiles_ ? 6 : 8, few_tiles_ ? 0 : prompts_ ? 10 : 1000});
-    a.batch_invariant = !mixed_ && !prompts_ && !few_tiles_ && rarely(0.2);
+    // Of the emulated GPU's twelve multiprocessors, so that those which are left have many tiles each.
+    a.sm_margin = random_.one_of(few_tiles_ ? Integers{0, 0, 0, 6}
+                                 : prompts_ ? Integers{0, 0, 8, 10}
+                                            : Integers{0, 0, 8, 1000});
+    a.batch_invariant = !mixed_ && !for_clusters() && rarely(0.2);
     if (random_.chance(0.2)) {
       // As good as stale: a call must end, with the right results, whatever it holds.
       Integers stale(scheduler_metadata_size(batch_));
@@ -409,9 +413,8 @@ class RandomCall {
     for (std::size_t i = 0; i < count; ++i) order[i] = count - 1 - i;
     if (random_.chance(0.4)) random_.shuffle(order);
     for (const std::size_t dimension : order) {
-      if (random_.chance(0.2))
-        stride += random_.integer(1, 5) * (plain_ || prompts_ || few_tiles_ ? 16 : 1);  // aligned
-      strides[dimension] = !prompts_ && !few_tiles_ && random_.chance(0.05) ? -stride : stride;
+      if (random_.chance(0.2)) stride += random_.integer(1, 5) * (plain_ || for_clusters() ? 16 : 1);  // aligned
+      strides[dimension] = !for_clusters() && random_.chance(0.05) ? -stride : stride;
       stride *= std::max<std::int64_t>(shape[dimension], 1);
     }
   }

@@ -498,7 +498,7 @@ def test_blocks_of_threads_that_fetch_keys_for_each_other(
 
 
 @pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (256, 256), (192, 128)], ids=str)
-@pytest.mark.parametrize(("rows", "heads"), [(17, (4, 1)), (40, (4, 2)), (150, (6, 6))], ids=str)
+@pytest.mark.parametrize(("rows", "heads"), [(20, (8, 8)), (17, (4, 1)), (40, (4, 2)), (150, (6, 6))], ids=str)
 @pytest.mark.parametrize("page_size", [None, 16, 256])
 @pytest.mark.parametrize("options", [{}, {"causal": False, "window_size": (900, 100)}, {"pack_gqa": False}], ids=str)
 def test_blocks_of_threads_that_share_out_the_keys_of_a_tile(
@@ -519,8 +519,10 @@ def test_blocks_of_threads_that_share_out_the_keys_of_a_tile(
 @pytest.mark.parametrize("rows", [8, 40, 150])
 def test_e4m3_keys_of_a_tile_are_shared_out(mate: ModuleType, device: str, types: tuple, rows: int) -> None:
     query_type, key_type = types
-    keys, values = (randn(2, 3000, 2, 128).to(key_type) for _ in range(2))
-    check(cached((3000, 700), q=randn(2, rows, 8, 128).to(query_type), k_cache=keys, v_cache=values), mate)
+    lengths = (3000, 700, 129, 0)
+    keys, values = (randn(len(lengths), max(lengths), 2, 128).to(key_type) for _ in range(2))
+    q = randn(len(lengths), rows, 8, 128).to(query_type)
+    check(cached(lengths, q=q, k_cache=keys, v_cache=values), mate)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 100])
