@@ -276,12 +276,13 @@ enum class Sharing {
 int cluster_of_tile(const Problem& p, const ForwardVariant& variant, int multiprocessors) {
   if (!variant.merges_in_cluster || choose_box(p.keys, variant) == 0) return 1;
   const int pack = choose_pack(p, variant);
-  // Where sequences are said to have as many rows, they do, unless multiprocessors are to be left free whatever they
-  // do.
-  const bool alike = has_uniform_rows(p) && p.sm_margin == 0;
-  const std::int64_t tiles = alike && !variant.one_tile() ? std::int64_t{tiles_of(variant.tiling(pack), most_rows(p))} *
-                                                                p.batch * (p.heads_q / pack)
-                                                          : most_tiles(p, variant, pack);
+  // Sequences that are said to have as many rows are believed, unless multiprocessors are to be left free whatever they
+  // have.
+  const bool uniform = has_uniform_rows(p) && p.sm_margin == 0;
+  const std::int64_t tiles =
+      uniform && !variant.one_tile()
+          ? std::int64_t{tiles_of(variant.tiling(pack), most_rows(p))} * p.batch * (p.heads_q / pack)
+          : most_tiles(p, variant, pack);
   const auto fits = [&](int size) {
     // Clusters of more than two have to lie in one of the parts of a GPU, some of whose multiprocessors are then left
     // over. How many differs from one GPU to the next: bits are not to.
@@ -290,9 +291,9 @@ int cluster_of_tile(const Problem& p, const ForwardVariant& variant, int multipr
   };
   int size = largest_cluster;
   while (size > 1 && !fits(size)) --size;
-  // Evenly shared out, keys are all multiprocessors'.
-  const bool uses_half = tiles * size * 9 >= std::int64_t{multiprocessors} * 4;
-  return !has_few_rows(p) || uses_half ? size : 1;
+  // Even shares of few rows would keep all multiprocessors busy: clusters have to use nearly half of them.
+  const bool uses_enough = tiles * size * 9 >= std::int64_t{multiprocessors} * 4;
+  return !has_few_rows(p) || uses_enough ? size : 1;
 }
 
 /// How keys of many rows are shared out in the least time: not at all, if blocks of threads take whole tiles, those of
@@ -301,7 +302,7 @@ Sharing choose_sharing(const Problem& p, int multiprocessors, int cluster) {
   // Merging takes as long as so many blocks of keys.
   constexpr float merging = 8.5;
   constexpr float merging_in_cluster = 3.5;
-  constexpr float worth = 1.2F;      // as long as a block takes one that is shared out evenly; and keys may be fewer
+  constexpr float worth = 1.2F;      // a block that is shared out evenly takes so much longer; and keys may be fewer
   constexpr float tiles_enough = 8;  // of each multiprocessor, whatever their keys are
   const Tiling tiling{128, 128, p.group()};
   const int rows = mean_rows(p);
@@ -394,8 +395,7 @@ int most_decode_rows(const Problem& p, int multiprocessors) {
 /// Whether prompts beside what is decoded are served tile by tile, head after head, so that the L2 cache holds their
 /// keys whatever is decoded meanwhile: where there are tiles enough to keep about half of the multiprocessors busy.
 bool takes_whole_tiles(const Problem& p, int multiprocessors) {
-  constexpr float tiles_enough = 0.75F;  // of each multiprocessor
-
+  constexpr float tiles_enough = 0.75F;                                                   // of each multiprocessor
   const std::int64_t packed_rows = (std::int64_t{p.queries.rows} - p.batch) * p.group();  // each may decode one
   const std::int64_t tiles = divide_up(packed_rows, 128) * p.heads_k;
   return static_cast<float>(tiles) >= tiles_enough * static_cast<float>(multiprocessors);

@@ -42,6 +42,29 @@ TEST(Shares, TilesOfOneSizeAreCutAlikeWhereThatCostsLittle) {
   EXPECT_EQ(Shares(0, 132, 1).each, 0);
 }
 
+/// With rows before the first sequence and behind the last one, and sequences of none.
+TEST(Shares, TilesOfRaggedSequencesHaveNumbersOfTheirOwn) {
+  std::mt19937 numbers(1);
+  for (int round = 0; round < 5000; ++round) {
+    const int pack = 1 + static_cast<int>(numbers() % 5);
+    const Tiling tiling{pack * (1 + static_cast<int>(numbers() % 6)), 128, pack};
+    std::vector<int> begins = {static_cast<int>(numbers() % 3)};
+    for (int b = static_cast<int>(numbers() % 8); b > 0; --b) {
+      begins.push_back(begins.back() + static_cast<int>(numbers() % 3 == 0 ? 0 : numbers() % 20));
+    }
+    const int batch = static_cast<int>(begins.size()) - 1;
+    const int rows = begins.back() + static_cast<int>(numbers() % 3);
+    std::set<int> taken;
+    for (int b = 0; b < batch; ++b) {
+      for (int tile = 0; tile < tiles_of(tiling, begins[b + 1] - begins[b]); ++tile) {
+        const int number = tile_number(tiling, false, true, rows, b, begins[b], tile);
+        EXPECT_TRUE(taken.insert(number).second);
+        EXPECT_LT(number, most_tiles(tiling, false, true, rows, batch));
+      }
+    }
+  }
+}
+
 /// Tiles of random numbers of blocks, some of none.
 std::vector<BlockRange> random_tiles(std::mt19937& numbers) {
   std::vector<BlockRange> tiles(1 + numbers() % 20);

@@ -119,6 +119,16 @@ std::string new_kernels_of(const AttentionArguments& a) {
   return ::testing::internal::GetCapturedStderr();
 }
 
+/// Judges a call with random queries, keys and values. Returns the names of the kernels that it is the first to take.
+std::string judge_at_random(testing::Memory& memory, AttentionArguments& a) {
+  testing::Random random(1);
+  for (const Tensor& input : {a.q, a.k, a.v}) testing::fill(input, [&] { return random.uniform(-1, 1); });
+  move_to_gpu(a);
+  const std::string kernels = new_kernels_of(a);
+  EXPECT_EQ(testing::judge(memory, a, tolerance_of(a)), "");
+  return kernels;
+}
+
 TEST_F(EmulatedGpu, PlainCallsHaveKernelsOfTheirOwn) {
   constexpr std::int64_t heads = 2;
   constexpr std::int64_t size = 176;
@@ -144,31 +154,23 @@ TEST_F(EmulatedGpu, PlainCallsHaveKernelsOfTheirOwn) {
 /// The first block of a cluster may find many of them while the other is still busy.
 TEST_F(EmulatedGpu, ClustersTakeTilesWithoutKeys) {
   testing::Memory memory;
-  testing::Random random(1);
   AttentionArguments a;
   a.causal = true;
   for (Tensor* tensor : {&a.q, &a.out}) *tensor = memory.tensor(bfloat16, {1, 1536, 4, 128});
   for (Tensor* tensor : {&a.k, &a.v}) *tensor = memory.tensor(bfloat16, {1, 256, 4, 128});
-  for (const Tensor& input : {a.q, a.k, a.v}) testing::fill(input, [&] { return random.uniform(-1, 1); });
-  move_to_gpu(a);
-  const std::string kernels = new_kernels_of(a);
+  const std::string kernels = judge_at_random(memory, a);
   EXPECT_NE(kernels.find("_clusters"), std::string::npos) << kernels;
-  EXPECT_EQ(testing::judge(memory, a, tolerance_of(a)), "");
 }
 
 TEST_F(EmulatedGpu, ClustersShareOutTheKeysOfFewTiles) {
   testing::Memory memory;
-  testing::Random random(1);
   AttentionArguments a;
   a.causal = true;
   a.num_splits = 0;
   for (Tensor* tensor : {&a.q, &a.out}) *tensor = memory.tensor(bfloat16, {1, 100, 1, 64});
   for (Tensor* tensor : {&a.k, &a.v}) *tensor = memory.tensor(bfloat16, {1, 1100, 1, 64});
-  for (const Tensor& input : {a.q, a.k, a.v}) testing::fill(input, [&] { return random.uniform(-1, 1); });
-  move_to_gpu(a);
-  const std::string kernels = new_kernels_of(a);
+  const std::string kernels = judge_at_random(memory, a);
   EXPECT_NE(kernels.find("_merged_plain"), std::string::npos) << kernels;
-  EXPECT_EQ(testing::judge(memory, a, tolerance_of(a)), "");
 }
 
 TEST_F(EmulatedGpu, ClustersServePromptsBesideDecodedTokens) {
@@ -176,7 +178,6 @@ TEST_F(EmulatedGpu, ClustersServePromptsBesideDecodedTokens) {
   constexpr std::int64_t size = 128;
   const std::vector<std::int64_t> lengths = {200, 500, 130};
   testing::Memory memory;
-  testing::Random random(1);
   AttentionArguments a;
   a.causal = true;
   a.window_left = 200;
@@ -185,17 +186,14 @@ TEST_F(EmulatedGpu, ClustersServePromptsBesideDecodedTokens) {
   a.max_seqlen_q = 500;
   for (Tensor* tensor : {&a.q, &a.out}) *tensor = memory.tensor(bfloat16, {601, 2, size});
   for (Tensor* tensor : {&a.k, &a.v}) *tensor = memory.tensor(bfloat16, {24, page_size, 1, size});
-  for (const Tensor& input : {a.q, a.k, a.v}) testing::fill(input, [&] { return random.uniform(-1, 1); });
   a.seqused_k = memory.integers(lengths);
   a.page_table = memory.tensor(int32, {3, 300});  // with room for so many keys that two launches serve the call
   for (std::int64_t b = 0; b < 3; ++b) {
     for (std::int64_t page = 0; page < 300; ++page) testing::write(a.page_table, 8 * b + page % 8, b, page);
   }
-  move_to_gpu(a);
-  const std::string kernels = new_kernels_of(a);
+  const std::string kernels = judge_at_random(memory, a);
   EXPECT_NE(kernels.find("_clusters"), std::string::npos) << kernels;
   EXPECT_NE(kernels.find("stream_"), std::string::npos) << kernels;
-  EXPECT_EQ(testing::judge(memory, a, tolerance_of(a)), "");
 }
 
 /// The host cannot know that it is, and then takes a tile to hold each sequence.

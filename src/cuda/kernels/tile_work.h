@@ -26,8 +26,8 @@ struct TileWork {
   Shares shares;
   Share steps;      ///< of the tile
   TileCut cut;      ///< of all its blocks
-  TileParts parts;  ///< that this block of threads takes, one after another: found by the loader (the one of a
-                    ///< merges_in_cluster by the scheduler)
+  TileParts parts;  ///< that this block of threads takes, one after another: found by the loader, or, where a cluster
+                    ///< merges them, by the scheduler
 
   /// The first block of the part that a block of keys belongs to.
   __device__ int begin_of_part(const Cut& of_call, int n) const {
