@@ -318,8 +318,12 @@ Sharing choose_sharing(const Problem& p, int multiprocessors, int cluster) {
   const auto [least, most] = std::minmax({blocks_of(0), blocks_of(tiles_of_unit - 1)});
   const float shared = tiles * (most + least) / 2;
   const float even = worth * shared + merging;
-  const float in_cluster = most / static_cast<float>(cluster) + merging_in_cluster;
-  if (cluster > 1 && in_cluster < std::min(most, even)) return Sharing::in_cluster;
+  if (cluster > 1) {
+    // Of sequences that may differ all but one are half as long as the longest, on average.
+    const float expected = are_alike(p) ? 1 : (1 + 1 / static_cast<float>(p.batch)) / 2;
+    const float in_cluster = most / static_cast<float>(cluster) + merging_in_cluster;
+    if (in_cluster < std::min(most, worth * expected * shared + merging)) return Sharing::in_cluster;
+  }
   // Where they may not be alike, one tile of the longest may come last.
   if (!are_alike(p)) return most > long_blocks && tiles < tiles_enough ? Sharing::even : Sharing::none;
   const float whole = std::max(most, std::min(std::ceil(tiles) * most, shared + least));
@@ -336,9 +340,9 @@ Sharing sharing_of(const Problem& p, const VariantChoice& choice, int multiproce
   VariantChoice merged = choice;
   merged.merges_in_cluster = true;
   const int cluster = cluster_of_tile(p, choose_variant(merged), multiprocessors);
-  // Of few rows memory is the limit, however many keys there are.
-  if (few_rows) return cluster > 1 ? Sharing::in_cluster : Sharing::even;
-  return choose_sharing(p, multiprocessors, cluster);
+  if (!few_rows) return choose_sharing(p, multiprocessors, cluster);
+  // Memory is the limit, however many keys there are. Of several sequences one may have most of them.
+  return p.batch == 1 && cluster > 1 ? Sharing::in_cluster : Sharing::even;
 }
 
 /// How many tiles of each unit of a sequence are taken at the same time, since they need much the same keys: where all

@@ -173,6 +173,32 @@ TEST_F(EmulatedGpu, ClustersShareOutTheKeysOfFewTiles) {
   EXPECT_NE(kernels.find("_merged_plain"), std::string::npos) << kernels;
 }
 
+/// Judges a call that decodes a token of each sequence.
+void judge_decoding(const std::vector<std::int64_t>& lengths) {
+  constexpr std::int64_t page_size = 64;
+  constexpr std::int64_t size = 64;
+  const auto batch = static_cast<std::int64_t>(lengths.size());
+  const std::int64_t pages = *std::max_element(lengths.begin(), lengths.end()) / page_size + 1;
+  testing::Memory memory;
+  AttentionArguments a;
+  a.causal = true;
+  a.num_splits = 0;
+  for (Tensor* tensor : {&a.q, &a.out}) *tensor = memory.tensor(bfloat16, {batch, 1, 4, size});
+  for (Tensor* tensor : {&a.k, &a.v}) *tensor = memory.tensor(bfloat16, {batch * pages, page_size, 1, size});
+  a.seqused_k = memory.integers(lengths);
+  a.page_table = memory.tensor(int32, {batch, pages});
+  for (std::int64_t b = 0; b < batch; ++b) {
+    for (std::int64_t page = 0; page < pages; ++page) testing::write(a.page_table, batch * page + b, b, page);
+  }
+  judge_at_random(memory, a);
+}
+
+/// Of twelve workers eleven have a part of two blocks each, where even shares would cut some in two.
+TEST_F(EmulatedGpu, EachWorkerMayHaveAPartOfOneTile) {
+  judge_decoding({1500, 100, 900});
+  judge_decoding({1500, 0, 2, 3, 600});
+}
+
 TEST_F(EmulatedGpu, ClustersServePromptsBesideDecodedTokens) {
   constexpr std::int64_t page_size = 64;
   constexpr std::int64_t size = 128;

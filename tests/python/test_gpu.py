@@ -510,9 +510,25 @@ def test_blocks_of_threads_that_share_out_the_keys_of_a_tile(
     page_size: Optional[int],
     options: dict,
 ) -> None:
-    """Tiles of clusters of up to eight, some of whose blocks have no keys, and some tiles none at all."""
-    lengths = (3000, 130, 0)
-    check(cached(lengths, **over_a_cache(len(lengths), rows, 3072, heads, sizes, page_size), **options), mate)
+    """Tiles of clusters of up to eight, some of whose blocks have no keys, and some tiles none at all. Few rows are
+    those of clusters in a sequence alone.
+    """
+    for lengths in ((3000, 130, 0), (3000,)):
+        check(cached(lengths, **over_a_cache(len(lengths), rows, 3072, heads, sizes, page_size), **options), mate)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1023,), (8000,), (900, 40, 0), (2040, 500, 1300, 7), (500, 501) * 6])
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("heads", [(8, 2), (16, 8), (3, 3), (40, 10)], ids=str)
+@pytest.mark.parametrize("key_type", [BF16, FP8])
+def test_decoding_of_few_sequences(
+    mate: ModuleType, device: str, lengths: tuple, rows: int, heads: tuple, key_type: torch.dtype
+) -> None:
+    """Keys are shared out so that each block of threads has a part of one tile alone, or evenly."""
+    tensors = over_a_cache(len(lengths), rows, -(-max(lengths) // 16) * 16, heads, (64, 128), 16)
+    for name in ("k_cache", "v_cache"):
+        tensors[name] = tensors[name].to(key_type)
+    check(cached(lengths, **tensors), mate)
 
 
 @pytest.mark.parametrize("types", [(FP8, FP8), (BF16, FP8)], ids=str)

@@ -139,7 +139,7 @@ struct ForwardVariant {
     return gather || rest < 2 ? rest : 2;
   }
   /// A share that is found ahead of time is kept: gathering kernels have no registers for that.
-  constexpr bool keeps_rehearsed() const { return splits && !gather; }
+  constexpr bool keeps_rehearsed() const { return (splits || merges_in_cluster) && !gather; }
   constexpr int threads() const { return 128 * (warpgroups + producer_warpgroups()); }
   // Bytes of an element in tiles that consumers take.
   constexpr int query_bytes() const { return bytes_of(stream() ? types.query : element()); }

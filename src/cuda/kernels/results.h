@@ -136,7 +136,7 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
     const int parts = work.parts.count;
     constexpr int lines_at_once = 2;  // of more, so much more code takes longer to arrive than it spares
     merge_many<lines_at_once>(
-        work, value_factor, {ptx::block_of_cluster() * warps + thread() / 32, parts * warps},
+        work, value_factor, {thread() / 32 * parts + ptx::block_of_cluster(), parts * warps},
         [&](int block, int row) {
           const float2 weight = ptx::load_from(block, part.weights[row]);
           return PartWeight{weight.x, weight.y};

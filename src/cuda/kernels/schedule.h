@@ -15,7 +15,7 @@ __device__ bool end_rehearsal(const Scheduler& scheduler, ForwardShared<variant>
                               const TileWork& work) {
   if (first_lane()) shared.rehearsal.rehearsed.arrive();
   ptx::await_earlier_kernels();
-  const bool holds = scheduler.still_holds();
+  const bool holds = scheduler.still_holds(work);
   const bool stays = holds && (!found || work.blocks.size() > 0);
   if (first_lane()) shared.rehearsal.holds = stays;
   if (!stays) shared.rehearsal.looked_up.wait(0);
@@ -29,9 +29,9 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
   enum class Found { rehearsed, not_yet, found };
   constexpr bool keeps = variant.keeps_rehearsed();
   Found share = Found::not_yet;
-  if constexpr (variant.splits) {
+  if constexpr (variant.splits || keeps) {
     // Of two launches neither can: their shares follow from what a kernel before them says.
-    const bool early = a.served.which == Sequences::all && !counts_together(a.problem) &&
+    const bool early = a.served.which == Sequences::all && scheduler.may_begin_early() &&
                        !__all_sync(~0U, shared.readable.is_complete(0));
     if constexpr (keeps) {
       if (early) share = Found::rehearsed;

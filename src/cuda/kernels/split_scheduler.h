@@ -189,6 +189,9 @@ class SplitScheduler : StepCounter<variant> {
   __device__ explicit SplitScheduler(const ForwardArguments& arguments)
       : StepCounter<variant>(arguments, this_worker<variant>(arguments)) {}
 
+  /// Whether a small batch's share may be found while earlier kernels run.
+  __device__ bool may_begin_early() const { return !counts_together(problem()); }
+
   /// Finds this block's share: before all else. `counted` is of a batch that warps have counted together.
   __device__ void begin(const BatchSteps& counted) {
     unit_ = 0;
@@ -203,8 +206,12 @@ class SplitScheduler : StepCounter<variant> {
     }
     steps = steps.reduced();
     steps_of_unit_ = steps.all;
-    shares_ = Shares(steps_of_unit_ * units(), workers_of_launch(a_, worker_.workers),
-                     steps.fewest == steps.most ? steps.fewest : 0);
+    const int workers = workers_of_launch(a_, worker_.workers);
+    const bool alike = steps.fewest == steps.most;
+    shares_ = Shares(steps_of_unit_ * units(), workers, alike ? steps.fewest : 0);
+    if constexpr (variant.one_tile()) {
+      if (!alike) round_up_steps(workers);
+    }
     share_ = shares_.of(worker_.number);
     if (share_.begin < share_.end) {
       unit_ = divide(share_.begin, steps_of_unit_);
@@ -213,7 +220,7 @@ class SplitScheduler : StepCounter<variant> {
   }
 
   /// Whether what was read of the sequences, which this warp has counted alone, is what memory says now.
-  __device__ bool still_holds() const {
+  __device__ bool still_holds(const TileWork&) const {
     bool same = true;
     if (const int b = sequence_of_lane(); b < problem().batch) {
       same = is_same_place(problem().sequence(b), count_.place);
@@ -237,6 +244,28 @@ class SplitScheduler : StepCounter<variant> {
   using StepCounter<variant>::problem;
   using StepCounter<variant>::units;
   using StepCounter<variant>::worker_;
+
+  /// Where each worker may have a part of one tile alone, which is hardly more than an even share, rounds the steps of
+  /// tiles up to a multiple of a part's, the last of which are of no blocks then: each further piece of work takes a
+  /// worker as long as some steps. Short, since calls of equal lengths wait for the code behind it.
+  __device__ void round_up_steps(int workers) {
+    constexpr int most_added = 4;
+    constexpr int longest = 1024;  // of parts that are worth it, and that floats count exactly
+    const int even = shares_.each;
+    if (counts_together(problem()) || a_.cut.kind != Cut::Kind::even || even > longest) return;
+#pragma unroll 1
+    for (int each = even; each <= even + min(even / 2 + 1, most_added); ++each) {
+      const int parts =
+          static_cast<int>(__fdividef(static_cast<float>(count_.steps + each) - 0.5F, static_cast<float>(each)));
+      const int all_parts = __reduce_add_sync(~0U, parts);
+      if (all_parts * units() > workers) continue;
+      count_.steps = parts * each;
+      steps_of_unit_ = all_parts * each;
+      shares_.steps = steps_of_unit_ * units();
+      shares_.each = each;
+      return;
+    }
+  }
 
   /// Of the first ones. Where its lengths lie is not worth registers from tile to tile.
   __device__ static int sequence_of_lane() { return ptx::known_only_here(lane()); }

@@ -17,6 +17,22 @@ class TileScheduler : TileFinder<variant> {
   __device__ TileScheduler(const ForwardArguments& arguments, ForwardShared<variant>& shared)
       : TileFinder<variant>(arguments), tickets_(shared.tickets) {}
 
+  /// Whether the first tile may be found while earlier kernels run: where its number says whose it is.
+  __device__ bool may_begin_early() const { return !problem().ragged_queries() || problem().batch == 1; }
+
+  /// Begins with the first tile, perhaps once more.
+  __device__ void begin(const BatchSteps&) {
+    index_ = -1;
+    first_sequence_ = 0;
+    tiles_before_ = 0;
+  }
+
+  /// Whether what was read of a tile's sequence is what memory says now.
+  __device__ bool still_holds(const TileWork& work) const {
+    const bool same = work.sequence >= 0 && is_same_place(problem().sequence(work.sequence), work.place);
+    return __all_sync(~0U, same);
+  }
+
   /// Whether enough tiles seem to be left for all who take some.
   __device__ bool has_plenty() const { return a_.expected_tiles - index_ > 2 * workers(); }
 
