@@ -437,6 +437,24 @@ VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequence
   return choice;
 }
 
+/// Whether prompts of small heads take less time by tiles of two consumers' rows than by tiles of three's: these are
+/// faster, but their last rows may be none of a sequence, and those before see more keys than they need.
+bool gains_by_low_tiles(const Problem& p, VariantChoice choice, Sequences which) {
+  constexpr float worth = 1.13F;  // how much longer two consumers take for a row and a key
+  if (choice.alike || !has_small_heads(choice)) return false;
+  const ForwardVariant high = choose_variant(choice);
+  choice.low_tiles = true;
+  const ForwardVariant low = choose_variant(choice);
+  if (low.warpgroups == high.warpgroups) return false;
+  const int rows = which == Sequences::prefills ? most_rows(p) : mean_rows(p);
+  const auto pairs = [&](const ForwardVariant& variant) {
+    const int pack = choose_pack(p, variant);
+    const float blocks = blocks_of_sequence(p, variant, pack, rows);
+    return blocks * static_cast<float>(variant.tile_rows() * variant.block_keys);
+  };
+  return worth * pairs(low) < pairs(high);
+}
+
 /// Whether a call takes less time if blocks of threads have tiles together, in clusters, and fetch keys for each other:
 /// where tiles that are so much higher take hardly more blocks of keys, whose boxes are no smaller for it than half a
 /// block. Under a mask it takes larger heads to gain by it.
@@ -538,6 +556,7 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
     VariantChoice choice = choose(p, multiprocessors, served, gather);
     arguments.cut = choice.splits ? choose_cut(p) : Cut{};
     choice.plain = is_plain(arguments);
+    choice.low_tiles = gains_by_low_tiles(p, choice, served.which);
     choice.clusters = gains_by_clusters(p, choice, multiprocessors, served.which);
     variant = choose_variant(choice);
     pack_rows(p, variant, arguments);

@@ -12,6 +12,7 @@ namespace mate::cuda {
 namespace {
 
 constexpr int largest_narrow_head_dim = 256;
+constexpr int largest_narrow_head_dim_of_prompts = 320;
 constexpr int fewest_stream_rows = 8;
 constexpr int largest_stream_rows = 16;
 constexpr int widest_block_keys = 176;
@@ -39,12 +40,12 @@ ForwardVariant variant_of(const VariantChoice& choice) {
   return variant;
 }
 
-/// Blocks of threads that have a tile together. Rows that are gathered, or widened, are not fetched for others. Three
-/// consumers, those of small heads, use a block of keys for too short a time to agree with three others.
+/// Blocks of threads that have a tile together. Rows that are gathered, or widened, are not fetched for others.
+/// Consumers of small heads use a block of keys for too short a time to agree with those of another block.
 int cluster_blocks_for(const ForwardVariant& variant, const VariantChoice& choice) {
   const bool possible = !variant.gather && !variant.splits && !variant.widens() && !variant.merges_in_cluster &&
-                        !choice.few_rows && !choice.alike;
-  return choice.clusters && possible && variant.warpgroups == 2 ? 2 : 1;
+                        !choice.few_rows && !choice.alike && !has_small_heads(choice);
+  return choice.clusters && possible ? 2 : 1;
 }
 
 /// The most keys of a block that registers and shared memory hold.
@@ -85,11 +86,12 @@ ForwardVariant begin_variant(const VariantChoice& choice) {
   ForwardVariant variant = variant_of(choice);
   variant.e4m3 = multiplies_e4m3(choice);
   variant.head_dim = round_up(choice.head_dim, variant.e4m3 ? 32 : 16);
-  variant.head_dim_v = round_up(choice.head_dim_v, 16);
-  const bool small = std::max(variant.head_dim, variant.head_dim_v) <= 64;
+  // An instruction sums up to 256 columns, two of them more: those of whole chunks.
+  variant.head_dim_v = round_up(choice.head_dim_v, choice.head_dim_v <= largest_narrow_head_dim ? 16 : chunk_columns);
   variant.merges_in_cluster = choice.merges_in_cluster && !choice.gather && !choice.splits && !choice.alike &&
                               !(variant.e4m3 && choice.head_dim_v > most_e4m3_columns);
-  const bool has_three = small && !choice.gather && !choice.splits && !variant.merges_in_cluster && !variant.widens();
+  const bool has_three = has_small_heads(choice) && !choice.low_tiles && !choice.gather && !choice.splits &&
+                         !variant.merges_in_cluster && !variant.widens();
   variant.warpgroups = choice.few_rows ? 1 : has_three ? 3 : 2;
   variant.stages = 2;
   variant.cluster_blocks = cluster_blocks_for(variant, choice);
@@ -148,8 +150,13 @@ ForwardVariant forward_variant(const VariantChoice& choice) {
   return variant;
 }
 
+/// Whether heads are those of wide.h or transposed.h. A consumer of prompts has registers for somewhat wider sums than
+/// others, if its block of keys is small.
 constexpr bool is_wide(const VariantChoice& choice) {
-  return choice.qv || std::max(choice.head_dim, choice.head_dim_v) > largest_narrow_head_dim;
+  const bool of_prompts = !choice.splits && !choice.few_rows && !choice.gather && !choice.alike &&
+                          choice.scores == Scores::products && choice.types.key != ElementType::float8_e4m3;
+  const int most = of_prompts ? largest_narrow_head_dim_of_prompts : largest_narrow_head_dim;
+  return choice.qv || std::max(choice.head_dim, choice.head_dim_v) > most;
 }
 
 /// Each warp has a power of two of the values' columns. Blocks are as wide for all calls.
@@ -257,6 +264,8 @@ const char* name_of(Scores scores) {
 }
 
 }  // namespace
+
+bool has_small_heads(const VariantChoice& choice) { return std::max(choice.head_dim, choice.head_dim_v) <= 64; }
 
 int most_stream_rows(const TensorTypes& types, int head_dim, int head_dim_v) {
   constexpr int most_sums = 2048;  // of a warp
@@ -399,12 +408,14 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
   const auto add = [&](const KernelSource& source) {
     if (names.insert(source.name).second) sources.push_back(source);
   };
-  for (int choices = 0; choices < 64; ++choices) {
+  for (int choices = 0; choices < 128; ++choices) {
     VariantChoice choice{head_dim, head_dim_v, types, softcap ? Scores::capped : Scores::products};
     choice.qv = qv;
-    bool* const flags[] = {&choice.gather, &choice.splits, &choice.few_rows,
-                           &choice.narrow, &choice.alike,  &choice.merges_in_cluster};
-    for (int i = 0; i < 6; ++i) *flags[i] = (choices >> i & 1) != 0;
+    bool* const flags[] = {&choice.gather,   &choice.splits, &choice.few_rows,
+                           &choice.narrow,   &choice.alike,  &choice.merges_in_cluster,
+                           &choice.low_tiles};
+    for (int i = 0; i < 7; ++i) *flags[i] = (choices >> i & 1) != 0;
+    if (choice.low_tiles && (choice.alike || !has_small_heads(choice))) continue;  // as a call chooses them
     // Keys of so few rows are always shared out.
     if (choice.few_rows && !choice.splits && !choice.alike && !choice.merges_in_cluster) continue;
     for (const int rows : {64, 32, largest_stream_rows, 1}) {

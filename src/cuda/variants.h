@@ -21,13 +21,17 @@ struct VariantChoice {
   int stream_rows = 0;      ///< rows of a tile of the kernel of stream.h; 0: there are too many for it
   int transposed_rows = 0;  ///< rows of a tile of that of transposed.h: see transposed_rows_for(); 0: the most
   bool narrow =
-      false;           ///< a block of keys is as wide as a tile is high: one lies on the diagonal, and few keys fill it
-  bool alike = false;  ///< who adds up what does not depend on what else is chosen, so that bits do not
-  bool qv = false;     ///< there are queries of values
-  bool plain = false;  ///< the call asks for nothing rare (is_plain)
+      false;  ///< a block of keys is as wide as a tile is high: one lies on the diagonal, and few keys fill it
+  bool low_tiles = false;          ///< of small heads: two consumers' rows, not three's
+  bool alike = false;              ///< who adds up what does not depend on what else is chosen, so that bits do not
+  bool qv = false;                 ///< there are queries of values
+  bool plain = false;              ///< the call asks for nothing rare (is_plain)
   bool clusters = false;           ///< tiles may be those of clusters of blocks of threads
   bool merges_in_cluster = false;  ///< such a cluster shares out the keys of a tile (ForwardVariant)
 };
+
+/// Whether registers are enough for a third consumer of prompts.
+bool has_small_heads(const VariantChoice& choice);
 
 /// How many packed rows of a sequence the kernel of stream.h can take for tensors of these types and head sizes: 0
 /// where it takes none.

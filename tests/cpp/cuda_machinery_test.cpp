@@ -491,7 +491,7 @@ TEST(Variants, HaveKeysOfTheirOwn) {
   for (const TensorTypes& of_call : types) {
     for (const int head_dim : {16, 72, 128, 192, 256, 272, 512}) {
       for (const int head_dim_v : {16, 64, 128, 256, 512}) {
-        for (int flags = 0; flags < 2048; ++flags) {
+        for (int flags = 0; flags < 4096; ++flags) {
           VariantChoice choice{head_dim, head_dim_v, of_call};
           choice.scores = (flags & 1) == 0 ? Scores::products : (flags & 256) == 0 ? Scores::capped : Scores::scaled;
           choice.gather = (flags & 2) != 0;
@@ -503,6 +503,7 @@ TEST(Variants, HaveKeysOfTheirOwn) {
           choice.plain = (flags & 128) != 0;
           choice.clusters = (flags & 512) != 0;
           choice.merges_in_cluster = (flags & 1024) != 0;
+          choice.low_tiles = (flags & 2048) != 0;
           for (const int rows : {8, 16, 32, 64}) {
             choice.transposed_rows = transposed_rows_for(rows);
             choice.stream_rows =

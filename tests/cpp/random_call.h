@@ -86,7 +86,7 @@ class RandomCall {
     batch_ = random_.integer(1, 2);
     heads_k_ = random_.integer(1, 2);
     group_ = random_.one_of<std::int64_t>({1, 2, 2, 4});
-    d_ = random_.one_of<std::int64_t>({72, 96, 128, 192, 256});
+    d_ = random_.one_of<std::int64_t>({72, 96, 128, 192, 256, 320});
     dv_ = random_.chance(0.7) ? d_ : random_.one_of<std::int64_t>({40, 128});
     // Mostly of tiles that clusters share evenly, whether heads share them too or not.
     least_q_ = random_.chance(0.7) ? 193 : 129;
