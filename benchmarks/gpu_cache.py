@@ -46,6 +46,9 @@ DECODE_E4M3 = [
     (60, (32, 8), 8192, 16),
 ]
 
+# Sequences of lengths that differ, and the keys of the longest.
+UNEVEN = [(16, 512), (8, 1024), (16, 1024), (8, 2048), (4, 4096), (8, 8192), (16, 8192), (32, 4096), (64, 2048)]
+
 PROMPTS = [  # batch, queries, keys
     (1, 16, 2048),
     (1, 32, 2048),
@@ -155,6 +158,17 @@ def groups() -> list[Group]:
             alone_seconds,
         ),
         Group(
+            "uneven",
+            "Decoding sequences of different lengths, alone in a CUDA graph, bf16, 32/8 heads of 128",
+            "µs",
+            [
+                *(serving(f"{batch} of up to {keys}", uneven_lengths(batch, keys)) for batch, keys in UNEVEN),
+                serving("one of 8192, 7 of 60", [8192] + [60] * 7),
+                serving("8 queries each on one of 16384, 7 of 500", [16384] + [500] * 7, [8] * 8),
+            ],
+            timing=alone_seconds,
+        ),
+        Group(
             "prompts",
             "A few prompts, or chunks of them, each alone in a CUDA graph, bf16, 32/8 heads of 128",
             "µs",
@@ -177,6 +191,12 @@ def groups() -> list[Group]:
             issue_seconds,
         ),
     ]
+
+
+def uneven_lengths(batch: int, longest: int) -> list[int]:
+    """One of the longest, and others of any."""
+    numbers = torch.Generator().manual_seed(batch + longest)
+    return [longest, *torch.randint(1, longest + 1, (batch - 1,), generator=numbers).tolist()]
 
 
 def int32(values: Sequence[int]) -> Tensor:

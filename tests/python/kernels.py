@@ -70,6 +70,7 @@ FIXED = (
     Kind(32, 32, torch.bfloat16, True),
     *(Kind(size, size, dtype) for dtype in (torch.bfloat16, torch.float16) for size in (64, 128, 256)),
     Kind(192, 128, torch.bfloat16),
+    Kind(272, 320, torch.bfloat16),
     *(Kind(64, 512, dtype, qv=True) for dtype in (torch.bfloat16, torch.float16)),
     Kind(512, 512, torch.bfloat16),
     Kind(16, 16, torch.bfloat16, softcap=True, qv=True),

@@ -525,7 +525,7 @@ def test_decoding_of_few_sequences(
     mate: ModuleType, device: str, lengths: tuple, rows: int, heads: tuple, key_type: torch.dtype
 ) -> None:
     """Keys are shared out so that each block of threads has a part of one tile alone, or evenly."""
-    tensors = over_a_cache(len(lengths), rows, -(-max(lengths) // 16) * 16, heads, (64, 128), 16)
+    tensors = over_a_cache(len(lengths), rows, -(-max(lengths) // 16) * 16, heads, (128, 128), 16)
     for name in ("k_cache", "v_cache"):
         tensors[name] = tensors[name].to(key_type)
     check(cached(lengths, **tensors), mate)
