@@ -113,6 +113,7 @@ TEST_F(CudaKernels, RunAsTheirScheduleSays) {
                                      {64, 64, fp16s, true, false, false},
                                      {256, 256, fp16s, true, false, false},
                                      {320, 320, bf16s, false, false, false},
+                                     {320, 64, bf16s, false, false, false},
                                      {512, 512},
                                      {64, 512, bf16s, false, true},
                                      {512, 512, fp16s, true, true, false},

@@ -490,7 +490,7 @@ TEST(Variants, HaveKeysOfTheirOwn) {
   std::map<std::uint64_t, std::string> programs;
   for (const TensorTypes& of_call : types) {
     for (const int head_dim : {16, 72, 128, 192, 256, 272, 512}) {
-      for (const int head_dim_v : {16, 64, 128, 256, 512}) {
+      for (const int head_dim_v : {16, 64, 128, 256, 320, 512}) {
         for (int flags = 0; flags < 4096; ++flags) {
           VariantChoice choice{head_dim, head_dim_v, of_call};
           choice.scores = (flags & 1) == 0 ? Scores::products : (flags & 256) == 0 ? Scores::capped : Scores::scaled;

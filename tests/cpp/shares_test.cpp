@@ -40,6 +40,9 @@ TEST(Shares, TilesOfOneSizeAreCutAlikeWhereThatCostsLittle) {
   EXPECT_EQ(Shares(100 * 100, 132, 100).each, 76);     // 100 would leave a quarter of the workers idle
   EXPECT_EQ(Shares(2000 * 100, 132, 100).each, 1600);  // 1516
   EXPECT_EQ(Shares(0, 132, 1).each, 0);
+  EXPECT_EQ(Shares::aligned_share(4, 60), 4);
+  EXPECT_EQ(Shares::aligned_share(4, 61), 0);
+  EXPECT_EQ(Shares::aligned_share(76, 100), 0);
 }
 
 /// With rows before the first sequence and behind the last one, and sequences of none.

@@ -193,10 +193,12 @@ void judge_decoding(const std::vector<std::int64_t>& lengths) {
   judge_at_random(memory, a);
 }
 
-/// Of twelve workers eleven have a part of two blocks each, where even shares would cut some in two.
+/// Of twelve workers, each of which would have parts of several tiles if all had as many blocks.
 TEST_F(EmulatedGpu, EachWorkerMayHaveAPartOfOneTile) {
   judge_decoding({1500, 100, 900});
   judge_decoding({1500, 0, 2, 3, 600});
+  judge_decoding({2200});
+  judge_decoding({2200, 2200});
 }
 
 TEST_F(EmulatedGpu, ClustersServePromptsBesideDecodedTokens) {

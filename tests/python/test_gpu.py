@@ -102,6 +102,10 @@ def paged(
     return cached(lengths, rows, size=size, k_cache=cache[:, 0], v_cache=cache[:, 1], page_table=table, **options)
 
 
+# Tiles whose keys are shared out in clusters, where the page size lets the copy engine read them.
+in_clusters = functools.partial(paged, rows=40, capacity=3072)
+
+
 def appending(make: Callable[..., Call] = paged, rows: int = 3, **options: Any) -> Call:
     """Appends new keys and rotates them and the queries."""
     new = {name: randn(4, rows, 2, 64) for name in ("k", "v")}
@@ -214,6 +218,9 @@ extern "C" __global__ void copy_late(int* to, const int* from, int count) {
         (paged, (0, 129, 0, 300)),
         (paged, (0, 0, 0, 0)),
         (paged, (50, 399) * 20),
+        (in_clusters, (2500, 64, 129, 0)),
+        (in_clusters, (0, 0, 130, 2500)),
+        (in_clusters, (2500,)),
         (mixed, (1, 150, 1, 1)),
         (mixed, (300, *[1] * 39)),
         (side_by_side, (1, 150, 1, 1)),
@@ -564,7 +571,7 @@ def test_parts_of_long_sequences_do_not_depend_on_the_batch(
         assert same_bits((out[b : b + 1], lse[b : b + 1]), alone.run(mate)[:2])
 
 
-@pytest.mark.parametrize("sizes", [(512, 512), (257, 300)], ids=str)
+@pytest.mark.parametrize("sizes", [(512, 512), (384, 384), (257, 300)], ids=str)
 @pytest.mark.parametrize("qv", [False, True])
 def test_wide_heads(mate: ModuleType, device: str, sizes: tuple, qv: bool) -> None:
     d, dv = sizes

@@ -165,6 +165,7 @@ class Consumer {
   __device__ static void for_columns(const Product& product) {
     constexpr int all = variant.consumer_columns();
     constexpr int some = variant.registers_at_start() < all / 2 + 32 ? 2 * chunk_columns : all;
+    static_assert(some <= 256 && all - some <= 256, "an instruction has no more");
     product.template operator()<some, 0>();
     if constexpr (some < all) product.template operator()<all - some, some>();
   }

@@ -42,7 +42,8 @@ struct TensorTypes {
 struct ForwardVariant {
   TensorTypes types;
   int head_dim = 0;    ///< of the keys, rounded up to a multiple of 16 (wide, stream: 64, e4m3: 32)
-  int head_dim_v = 0;  ///< of the values, likewise (wide: 128, transposed: 256 or 512, stream: 64, of e4m3 128)
+  int head_dim_v = 0;  ///< of the values, likewise (above 256: 64, wide: 128, transposed: 256 or 512, stream: 64, of
+                       ///< e4m3 128)
   int warpgroups = 0;  ///< consumers, each with 64 rows of the tile (wide: with half of the columns of the same rows;
                        ///< transposed: scorers and adders)
   int block_keys = 0;  ///< keys of a block

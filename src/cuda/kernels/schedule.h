@@ -8,8 +8,8 @@
 namespace mate::cuda {
 
 /// Ends the rehearsal of the first tile, which was found, or not `found`, while earlier kernels ran: waits for their
-/// end, and tells the loaders whether it is the tile that they will get. Returns whether lengths are what they were
-/// then.
+/// end, and tells the loaders whether it is the tile that they will get. Returns whether the search need not be made
+/// again: lengths are what they were then, and of tiles that are not cut one was found.
 template <ForwardVariant variant, typename Scheduler>
 __device__ bool end_rehearsal(const Scheduler& scheduler, ForwardShared<variant>& shared, bool found,
                               const TileWork& work) {
@@ -24,8 +24,8 @@ __device__ bool end_rehearsal(const Scheduler& scheduler, ForwardShared<variant>
 
 template <ForwardVariant variant, typename Scheduler>
 __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shared, Scheduler scheduler) {
-  // While earlier kernels run to their end, the share of a small batch is found from lengths that they may yet change.
-  // Behind them it is found again, but not where it is kept and they did not change.
+  // While earlier kernels run to their end, the share of a small batch, or a cluster's tile, is found from lengths that
+  // they may yet change. Behind them it is found again, but not where it is kept and they did not change.
   enum class Found { rehearsed, not_yet, found };
   constexpr bool keeps = variant.keeps_rehearsed();
   Found share = Found::not_yet;

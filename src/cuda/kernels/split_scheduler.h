@@ -207,10 +207,12 @@ class SplitScheduler : StepCounter<variant> {
     steps = steps.reduced();
     steps_of_unit_ = steps.all;
     const int workers = workers_of_launch(a_, worker_.workers);
-    const bool alike = steps.fewest == steps.most;
-    shares_ = Shares(steps_of_unit_ * units(), workers, alike ? steps.fewest : 0);
-    if constexpr (variant.one_tile()) {
-      if (!alike) round_up_steps(workers);
+    shares_ = Shares(steps_of_unit_ * units(), workers);
+    const int aligned = Shares::aligned_share(shares_.each, steps.fewest == steps.most ? steps.fewest : 0);
+    if (aligned > 0) {
+      shares_.each = aligned;
+    } else if constexpr (variant.one_tile()) {
+      round_up_steps(workers);
     }
     share_ = shares_.of(worker_.number);
     if (share_.begin < share_.end) {
@@ -247,12 +249,13 @@ class SplitScheduler : StepCounter<variant> {
 
   /// Where each worker may have a part of one tile alone, which is hardly more than an even share, rounds the steps of
   /// tiles up to a multiple of a part's, the last of which are of no blocks then: each further piece of work takes a
-  /// worker as long as some steps. Short, since calls of equal lengths wait for the code behind it.
+  /// worker as long as some steps. Short, since all other calls wait for the code behind it.
   __device__ void round_up_steps(int workers) {
     constexpr int most_added = 4;
     constexpr int longest = 1024;  // of parts that are worth it, and that floats count exactly
     const int even = shares_.each;
-    if (counts_together(problem()) || a_.cut.kind != Cut::Kind::even || even > longest) return;
+    const bool may_be = !counts_together(problem()) && problem().batch * units() <= workers;
+    if (!may_be || a_.cut.kind != Cut::Kind::even || even == 0 || even > longest) return;
 #pragma unroll 1
     for (int each = even; each <= even + min(even / 2 + 1, most_added); ++each) {
       const int parts =

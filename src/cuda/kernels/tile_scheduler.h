@@ -27,9 +27,11 @@ class TileScheduler : TileFinder<variant> {
     tiles_before_ = 0;
   }
 
-  /// Whether what was read of a tile's sequence is what memory says now.
+  /// Whether there is a tile, and what was read of its sequence is what memory says now: it has been read twice, once
+  /// for how many tiles there are.
   __device__ bool still_holds(const TileWork& work) const {
-    const bool same = work.sequence >= 0 && is_same_place(problem().sequence(work.sequence), work.place);
+    const bool exists = work.sequence >= 0 && index_in_sequence_ < all_tiles_of(work.sequence);
+    const bool same = exists && is_same_place(problem().sequence(work.sequence), work.place);
     return __all_sync(~0U, same);
   }
 
