@@ -145,24 +145,23 @@ struct Shares {
   int each = 0;
 
   constexpr Shares() = default;
-  /// Where all tiles have `of_tile` steps (else it is 0), of an aligned share, if there is one.
-  constexpr Shares(int steps, int workers, int of_tile = 0)
+  constexpr Shares(int steps, int workers)
       : steps(steps),
-        each(static_cast<int>((static_cast<unsigned>(steps) + workers - 1U) / static_cast<unsigned>(workers))) {
-    if (const int aligned = aligned_share(each, of_tile); aligned > 0) each = aligned;
-  }
+        each(static_cast<int>((static_cast<unsigned>(steps) + workers - 1U) / static_cast<unsigned>(workers))) {}
 
-  /// Where all tiles have `of_tile` steps (else it is 0), a worker rather takes a little more than the `needed` steps
-  /// than cuts a tile that could be left whole, or cuts tiles at other places than its neighbours: parts have to be
-  /// merged. Returns what it takes; 0 where that is not a little more.
-  static constexpr int aligned_share(int needed, int of_tile) {
-    if (of_tile == 0 || needed == 0) return 0;
+  /// Where all tiles have `of_tile` steps (else it is 0), has a worker rather take a little more than cut a tile that
+  /// could be left whole, or cut tiles at other places than its neighbours: parts have to be merged. False where that
+  /// is not a little more, and shares stay as they are.
+  constexpr bool align(int of_tile) {
+    if (of_tile == 0 || each == 0) return false;
     const auto tile = static_cast<unsigned>(of_tile);
-    const auto each = static_cast<unsigned>(needed);
-    const unsigned parts = each < tile ? tile / each : 1;
-    const unsigned fitting = each < tile ? (tile + parts - 1) / parts : (each + tile - 1) / tile * tile;
-    if (each < tile && fitting * parts != tile) return 0;
-    return fitting - each <= each / 16 ? static_cast<int>(fitting) : 0;
+    const auto needed = static_cast<unsigned>(each);
+    const unsigned parts = needed < tile ? tile / needed : 1;
+    const unsigned fitting = needed < tile ? (tile + parts - 1) / parts : (needed + tile - 1) / tile * tile;
+    if (needed < tile && fitting * parts != tile) return false;
+    if (fitting - needed > needed / 16) return false;
+    each = static_cast<int>(fitting);
+    return true;
   }
 
   constexpr Share of(int worker) const { return {first_of(worker), first_of(worker + 1)}; }

@@ -32,17 +32,19 @@ TEST(Shares, EveryStepHasOneWorkerAndNobodyHasMoreThanNeeded) {
 }
 
 TEST(Shares, TilesOfOneSizeAreCutAlikeWhereThatCostsLittle) {
-  EXPECT_EQ(Shares(8 * 64, 132, 64).each, 4);          // 16 parts of each of 8 tiles
-  EXPECT_EQ(Shares(1024 * 8, 132, 8).each, 64);        // 63 would do, but cut most tiles
-  EXPECT_EQ(Shares(1024 * 32, 132, 32).each, 256);     // 249
-  EXPECT_EQ(Shares(8 * 60, 132, 60).each, 4);          // 15 parts
-  EXPECT_EQ(Shares(8 * 61, 132, 61).each, 4);          // 61 is no multiple of anything near
-  EXPECT_EQ(Shares(100 * 100, 132, 100).each, 76);     // 100 would leave a quarter of the workers idle
-  EXPECT_EQ(Shares(2000 * 100, 132, 100).each, 1600);  // 1516
-  EXPECT_EQ(Shares(0, 132, 1).each, 0);
-  EXPECT_EQ(Shares::aligned_share(4, 60), 4);
-  EXPECT_EQ(Shares::aligned_share(4, 61), 0);
-  EXPECT_EQ(Shares::aligned_share(76, 100), 0);
+  const auto expect = [](int tiles, int of_tile, int each, bool aligned) {
+    Shares shares(tiles * of_tile, 132);
+    EXPECT_EQ(shares.align(of_tile), aligned) << tiles << " of " << of_tile;
+    EXPECT_EQ(shares.each, each) << tiles << " of " << of_tile;
+  };
+  expect(8, 64, 4, true);         // 16 parts of each tile
+  expect(1024, 8, 64, true);      // 63 would do, but cut most tiles
+  expect(1024, 32, 256, true);    // 249
+  expect(8, 60, 4, true);         // 15 parts
+  expect(8, 61, 4, false);        // 61 is no multiple of anything near
+  expect(100, 100, 76, false);    // 100 would leave a quarter of the workers idle
+  expect(2000, 100, 1600, true);  // 1516
+  expect(0, 1, 0, false);
 }
 
 /// With rows before the first sequence and behind the last one, and sequences of none.
@@ -82,16 +84,24 @@ TEST(Shares, PartsOfATileMakeItWhole) {
   std::mt19937 numbers(1);
   for (int round = 0; round < 5000; ++round) {
     const std::vector<BlockRange> tiles = random_tiles(numbers);
-    const int workers = 1 + static_cast<int>(numbers() % 30);
+    int workers = 1 + static_cast<int>(numbers() % 30);
     const Cut cut{static_cast<Cut::Kind>(numbers() % 3), 1 + static_cast<int>(numbers() % 9)};
+    // So many steps are a worker's, and he has none of another tile: the last ones of a tile are then of no blocks.
+    const int of_part = cut.kind == Cut::Kind::even && numbers() % 2 == 0 ? 1 + static_cast<int>(numbers() % 12) : 0;
     std::vector<TileCut> cuts;
     std::vector<int> begins{0};
     for (const BlockRange blocks : tiles) {
       cuts.emplace_back(cut, blocks, blocks_of_step(numbers() % 2 == 0), 1 << numbers() % 5);
-      begins.push_back(begins.back() + cuts.back().steps());
+      const int steps = cuts.back().steps();
+      begins.push_back(begins.back() + (of_part > 0 ? (steps + of_part - 1) / of_part * of_part : steps));
     }
-    const int steps = begins.back();
-    const Shares shares(steps, workers, numbers() % 2 == 0 ? cuts[0].steps() : 0);
+    Shares shares(begins.back(), workers);
+    if (of_part > 0) {
+      shares.each = of_part;
+      workers = std::max(workers, begins.back() / of_part);
+    } else if (numbers() % 2 == 0) {
+      shares.align(cuts[0].steps());
+    }
     constexpr int slots_of_tile = 64;
     const long long slots_of_call =
         cut.parts_are_grains() ? slots_of_tile * static_cast<long long>(tiles.size()) : slots_of(workers);
@@ -110,6 +120,7 @@ TEST(Shares, PartsOfATileMakeItWhole) {
         if (begin >= end) continue;
         const BlockRange blocks = cuts[i].blocks_of_steps(begin - tile.begin, end - tile.begin);
         if (tiles[i].size() > 0) {
+          EXPECT_TRUE(of_part == 0 || blocks.size() > 0) << "a part without blocks";
           if (blocks.size() == 0) continue;
           EXPECT_EQ(blocks.begin, next_block);
           next_block = blocks.end;

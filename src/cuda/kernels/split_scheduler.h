@@ -208,11 +208,9 @@ class SplitScheduler : StepCounter<variant> {
     steps_of_unit_ = steps.all;
     const int workers = workers_of_launch(a_, worker_.workers);
     shares_ = Shares(steps_of_unit_ * units(), workers);
-    const int aligned = Shares::aligned_share(shares_.each, steps.fewest == steps.most ? steps.fewest : 0);
-    if (aligned > 0) {
-      shares_.each = aligned;
-    } else if constexpr (variant.one_tile()) {
-      round_up_steps(workers);
+    const bool aligned = shares_.align(steps.fewest == steps.most ? steps.fewest : 0);
+    if constexpr (variant.one_tile()) {
+      if (!aligned) round_up_steps(workers);
     }
     share_ = shares_.of(worker_.number);
     if (share_.begin < share_.end) {
