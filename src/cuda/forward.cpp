@@ -187,6 +187,12 @@ int choose_pack(const Problem& p, const ForwardVariant& variant) {
   return saves_blocks ? heads : 1;
 }
 
+/// Blocks of keys that the tiles of a sequence take, of those that a launch serves, packed as choose_pack() says.
+float blocks_of_sequence(const Problem& p, const ForwardVariant& variant, Sequences which) {
+  return blocks_of_sequence(p, variant, choose_pack(p, variant),
+                            which == Sequences::prefills ? most_rows(p) : mean_rows(p));
+}
+
 /// Decides which rows and heads share a tile.
 void pack_rows(const Problem& p, const ForwardVariant& variant, ForwardArguments& arguments) {
   arguments.pack = choose_pack(p, variant);
@@ -317,17 +323,18 @@ Sharing choose_sharing(const Problem& p, int multiprocessors, int cluster) {
   };
   const auto [least, most] = std::minmax({blocks_of(0), blocks_of(tiles_of_unit - 1)});
   const float shared = tiles * (most + least) / 2;
-  const float even = worth * shared + merging;
+  const auto even = [&](float blocks) { return worth * blocks + merging; };
+  const bool alike = are_alike(p);
   if (cluster > 1) {
     // Of sequences that may differ all but one are half as long as the longest, on average.
-    const float expected = are_alike(p) ? 1 : (1 + 1 / static_cast<float>(p.batch)) / 2;
+    const float expected = alike ? 1 : (1 + 1 / static_cast<float>(p.batch)) / 2;
     const float in_cluster = most / static_cast<float>(cluster) + merging_in_cluster;
-    if (in_cluster < std::min(most, worth * expected * shared + merging)) return Sharing::in_cluster;
+    if (in_cluster < std::min(most, even(expected * shared))) return Sharing::in_cluster;
   }
   // Where they may not be alike, one tile of the longest may come last.
-  if (!are_alike(p)) return most > long_blocks && tiles < tiles_enough ? Sharing::even : Sharing::none;
+  if (!alike) return most > long_blocks && tiles < tiles_enough ? Sharing::even : Sharing::none;
   const float whole = std::max(most, std::min(std::ceil(tiles) * most, shared + least));
-  return whole > even ? Sharing::even : Sharing::none;
+  return whole > even(shared) ? Sharing::even : Sharing::none;
 }
 
 /// How a call's keys are shared out: as it says, or so that it takes the least time.
@@ -399,7 +406,8 @@ int most_decode_rows(const Problem& p, int multiprocessors) {
 /// Whether prompts beside what is decoded are served tile by tile, head after head, so that the L2 cache holds their
 /// keys whatever is decoded meanwhile: where there are tiles enough to keep about half of the multiprocessors busy.
 bool takes_whole_tiles(const Problem& p, int multiprocessors) {
-  constexpr float tiles_enough = 0.75F;                                                   // of each multiprocessor
+  constexpr float tiles_enough = 0.75F;  // of each multiprocessor
+
   const std::int64_t packed_rows = (std::int64_t{p.queries.rows} - p.batch) * p.group();  // each may decode one
   const std::int64_t tiles = divide_up(packed_rows, 128) * p.heads_k;
   return static_cast<float>(tiles) >= tiles_enough * static_cast<float>(multiprocessors);
@@ -441,16 +449,13 @@ VariantChoice choose(const Problem& p, int multiprocessors, const ServedSequence
 /// faster, but their last rows may be none of a sequence, and those before see more keys than they need.
 bool gains_by_low_tiles(const Problem& p, VariantChoice choice, Sequences which) {
   constexpr float worth = 1.13F;  // how much longer two consumers take for a row and a key
-  if (choice.alike || !has_small_heads(choice)) return false;
+  if (!has_small_heads(choice)) return false;
   const ForwardVariant high = choose_variant(choice);
   choice.low_tiles = true;
   const ForwardVariant low = choose_variant(choice);
   if (low.warpgroups == high.warpgroups) return false;
-  const int rows = which == Sequences::prefills ? most_rows(p) : mean_rows(p);
   const auto pairs = [&](const ForwardVariant& variant) {
-    const int pack = choose_pack(p, variant);
-    const float blocks = blocks_of_sequence(p, variant, pack, rows);
-    return blocks * static_cast<float>(variant.tile_rows() * variant.block_keys);
+    return blocks_of_sequence(p, variant, which) * static_cast<float>(variant.tile_rows() * variant.block_keys);
   };
   return worth * pairs(low) < pairs(high);
 }
@@ -469,9 +474,8 @@ bool gains_by_clusters(const Problem& p, VariantChoice choice, int multiprocesso
   ForwardVariant other = clustered;
   other.cluster_blocks = 1;
   if (choose_box(p.keys, clustered) < std::min(choose_box(p.keys, other), other.block_keys / size)) return false;
-  const int rows = which == Sequences::prefills ? most_rows(p) : mean_rows(p);
-  const float blocks = blocks_of_sequence(p, clustered, choose_pack(p, clustered), rows);
-  const float blocks_otherwise = blocks_of_sequence(p, other, choose_pack(p, other), rows);
+  const float blocks = blocks_of_sequence(p, clustered, which);
+  const float blocks_otherwise = blocks_of_sequence(p, other, which);
   // Multiprocessors that are too few for another cluster have nothing to do.
   const float used = static_cast<float>(multiprocessors / size * size) / static_cast<float>(multiprocessors);
   return blocks <= most * used * blocks_otherwise;

@@ -90,7 +90,8 @@ ForwardVariant begin_variant(const VariantChoice& choice) {
   variant.head_dim_v = round_up(choice.head_dim_v, choice.head_dim_v <= largest_narrow_head_dim ? 16 : chunk_columns);
   variant.merges_in_cluster = choice.merges_in_cluster && !choice.gather && !choice.splits && !choice.alike &&
                               !(variant.e4m3 && choice.head_dim_v > most_e4m3_columns);
-  const bool has_three = has_small_heads(choice) && !choice.low_tiles && !choice.gather && !choice.splits &&
+  const bool low = choice.low_tiles && !choice.alike;
+  const bool has_three = has_small_heads(choice) && !low && !choice.gather && !choice.splits &&
                          !variant.merges_in_cluster && !variant.widens();
   variant.warpgroups = choice.few_rows ? 1 : has_three ? 3 : 2;
   variant.stages = 2;
@@ -415,7 +416,6 @@ std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const Tensor
                            &choice.narrow,   &choice.alike,  &choice.merges_in_cluster,
                            &choice.low_tiles};
     for (int i = 0; i < 7; ++i) *flags[i] = (choices >> i & 1) != 0;
-    if (choice.low_tiles && (choice.alike || !has_small_heads(choice))) continue;  // as a call chooses them
     // Keys of so few rows are always shared out.
     if (choice.few_rows && !choice.splits && !choice.alike && !choice.merges_in_cluster) continue;
     for (const int rows : {64, 32, largest_stream_rows, 1}) {
