@@ -164,7 +164,7 @@ float blocks_of_sequence(const Problem& p, const ForwardVariant& variant, int pa
   const float blocks = static_cast<float>(blocks_of(0) + blocks_of(tiles - 1)) / 2;
   // A sequence's last tile is half full on average, where sequences have rows of their own.
   const float begun = static_cast<float>(tiles) + (p.batch > 1 && rows_differ(p) ? 0.5F : 0.0F);
-  return begun * blocks * static_cast<float>(variant.cluster_blocks) / static_cast<float>(pack);
+  return begun * blocks * static_cast<float>(variant.row_blocks()) / static_cast<float>(pack);
 }
 
 /// Query heads that share a tile: those of a group, or an equal part of them, where that makes fewer tiles.
@@ -180,7 +180,7 @@ int choose_pack(const Problem& p, const ForwardVariant& variant) {
   if (p.pack_gqa == 1 || saves_tiles(most_rows(p)) || saves_tiles(mean_rows(p))) return pack;
   // A cluster's tile, which is twice as high, has no more queries than another kernel's if heads share it.
   constexpr float worth = 0.99F;
-  const int heads = variant.cluster_blocks;
+  const int heads = variant.row_blocks();
   const bool saves_blocks =
       heads > 1 && group % heads == 0 &&
       blocks_of_sequence(p, variant, heads, mean_rows(p)) < worth * blocks_of_sequence(p, variant, 1, mean_rows(p));
@@ -196,7 +196,7 @@ float blocks_of_sequence(const Problem& p, const ForwardVariant& variant, Sequen
 /// Decides which rows and heads share a tile.
 void pack_rows(const Problem& p, const ForwardVariant& variant, ForwardArguments& arguments) {
   arguments.pack = choose_pack(p, variant);
-  arguments.rows_of_block = variant.tiling(arguments.pack).tile_rows / variant.cluster_blocks;
+  arguments.rows_of_block = variant.tiling(arguments.pack).tile_rows / variant.row_blocks();
   arguments.units = p.heads_q / arguments.pack;
   arguments.units_of_key_head = p.group() / arguments.pack;
 }
@@ -264,7 +264,7 @@ bool merges_apart(const Problem& p, const ForwardVariant& variant, Sequences whi
 /// than the eight rows of a swizzled tile, or where sequences begin anywhere in a page. Each block of a cluster fetches
 /// as many boxes.
 int choose_box(const KeyLayout& keys, const ForwardVariant& variant) {
-  const int most = variant.block_keys / variant.cluster_blocks;
+  const int most = variant.block_keys / variant.box_blocks();
   if (!keys.paged()) return most;
   const int rows = std::gcd(keys.rows, most);
   return rows % 8 == 0 && !keys.leftpad.given() ? rows : 0;
@@ -461,8 +461,9 @@ bool gains_by_low_tiles(const Problem& p, VariantChoice choice, Sequences which)
 }
 
 /// Whether a call takes less time if blocks of threads have tiles together, in clusters, and fetch keys for each other:
-/// where tiles that are so much higher take hardly more blocks of keys, whose boxes are no smaller for it than half a
-/// block. Under a mask it takes larger heads to gain by it.
+/// where there is a unit of the same keys' heads for each; or where tiles that are so much higher take hardly more
+/// blocks of keys, whose boxes are no smaller for it than half a block. Under a mask it takes larger heads to gain by
+/// it.
 bool gains_by_clusters(const Problem& p, VariantChoice choice, int multiprocessors, Sequences which) {
   constexpr float most = 1.02F;
   constexpr int least_head_dim_of_masked = 128;
@@ -471,6 +472,7 @@ bool gains_by_clusters(const Problem& p, VariantChoice choice, int multiprocesso
   const ForwardVariant clustered = choose_variant(choice);
   const int size = clustered.cluster_blocks;
   if (size == 1 || multiprocessors < size) return false;
+  if (clustered.unit_blocks() > 1) return p.group() / choose_pack(p, clustered) % size == 0;
   ForwardVariant other = clustered;
   other.cluster_blocks = 1;
   if (choose_box(p.keys, clustered) < std::min(choose_box(p.keys, other), other.block_keys / size)) return false;
@@ -590,8 +592,8 @@ PreparedForward prepare(const Problem& p, const Device& gpu, CUstream queue, Scr
   }
   if (variant.splits) {
     blocks = std::min(multiprocessors, counters_of_launch / variant.row_groups());
-    if (served.which == Sequences::all) arguments.team = choose_team(p, variant, arguments.pack, blocks);
-    blocks -= blocks % arguments.team;
+    if (served.which == Sequences::all) arguments.team = choose_team(p, variant, arguments.pack, blocks / cluster);
+    blocks -= blocks % (arguments.team * cluster);
     take_parts(p, variant, tiles, blocks, scratch, arguments);
   }
   if (variant.e4m3 && !variant.carries_in_shared() &&

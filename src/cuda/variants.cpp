@@ -43,8 +43,8 @@ ForwardVariant variant_of(const VariantChoice& choice) {
 /// Blocks of threads that have a tile together. Rows that are gathered, or widened, are not fetched for others.
 /// Consumers of small heads use a block of keys for too short a time to agree with those of another block.
 int cluster_blocks_for(const ForwardVariant& variant, const VariantChoice& choice) {
-  const bool possible = !variant.gather && !variant.splits && !variant.widens() && !variant.merges_in_cluster &&
-                        !choice.few_rows && !choice.alike && !has_small_heads(choice);
+  const bool possible = !variant.gather && (variant.wide || !variant.splits) && !variant.widens() &&
+                        !variant.merges_in_cluster && !choice.few_rows && !choice.alike && !has_small_heads(choice);
   return choice.clusters && possible ? 2 : 1;
 }
 
@@ -197,6 +197,7 @@ ForwardVariant wide_variant(const VariantChoice& choice) {
   variant.head_dim = round_up(choice.head_dim, chunk_columns);
   variant.head_dim_v = round_up(choice.head_dim_v, consumers * chunk_columns);
   variant.warpgroups = consumers;
+  variant.cluster_blocks = cluster_blocks_for(variant, choice);
   variant.q_stages = 1;
   const auto stages = [&] {
     return (variant.tile_bytes() - variant.q_bytes() - variant.p_bytes()) / (variant.k_bytes() + variant.v_bytes());
@@ -205,6 +206,7 @@ ForwardVariant wide_variant(const VariantChoice& choice) {
   if (stages() < 2 || variant.consumer_columns() > most_columns_of_wider) variant.block_keys = good_keys;
   while (stages() < 1) variant.block_keys /= 2;
   variant.stages = std::min(stages(), most_wide_stages);
+  if (variant.shared_bytes() > most_shared_bytes) --variant.stages;  // barriers of more than two need more room
   return variant;
 }
 

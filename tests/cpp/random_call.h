@@ -25,10 +25,12 @@ class RandomCall {
 
   enum class Kind {
     any,
-    mixed,     ///< a prompt, and sequences of a few queries at most, over pages that have room for far more keys
-    plain,     ///< nothing rare, for which a GPU has other kernels: see is_plain in forward_arguments.h
-    prompts,   ///< of so many rows that clusters of a GPU's multiprocessors may have them together, many of them plain
-    few_tiles  ///< of so many keys that such a cluster may share out those of each, many of them plain
+    mixed,      ///< a prompt, and sequences of a few queries at most, over pages that have room for far more keys
+    plain,      ///< nothing rare, for which a GPU has other kernels: see is_plain in forward_arguments.h
+    prompts,    ///< of so many rows that clusters of a GPU's multiprocessors may have them together, many of them plain
+    few_tiles,  ///< of so many keys that such a cluster may share out those of each, many of them plain
+    wide        ///< as prompts, of wide heads or with qv; or of few queries whose many heads share a key head, which
+                ///< such a cluster has together
   };
 
   explicit RandomCall(std::uint64_t seed, Kind kind = Kind::any)
@@ -36,7 +38,8 @@ class RandomCall {
         mixed_(kind == Kind::mixed),
         plain_(kind == Kind::plain),
         prompts_(kind == Kind::prompts),
-        few_tiles_(kind == Kind::few_tiles) {
+        few_tiles_(kind == Kind::few_tiles),
+        wide_(kind == Kind::wide) {
     draw_sizes();
     draw_scores();
     draw_queries();
@@ -52,7 +55,7 @@ class RandomCall {
 
   bool rarely(double probability) { return !plain_ && random_.chance(probability); }
   /// Whether clusters are to serve the call if they can: its rows are aligned, and nothing else decides how.
-  bool for_clusters() const { return prompts_ || few_tiles_; }
+  bool for_clusters() const { return prompts_ || few_tiles_ || wide_; }
 
   void draw_sizes() {
     batch_ = mixed_ ? random_.integer(3, 5) : random_.chance(0.05) ? 0 : random_.integer(1, 4);
@@ -73,6 +76,10 @@ class RandomCall {
     }
     if (few_tiles_) {
       draw_few_tiles(narrow);
+      return;
+    }
+    if (wide_) {
+      draw_wide(narrow);
       return;
     }
     q_type_ = random_.one_of<DLDataType>({float32, float16, bfloat16, float8_e4m3fn, narrow});
@@ -110,6 +117,26 @@ class RandomCall {
     q_type_ = random_.chance(0.2) ? float8_e4m3fn : type;
     k_type_ = random_.chance(0.2) ? float8_e4m3fn : q_type_;
     out_type_ = type;
+  }
+
+  void draw_wide(DLDataType type) {
+    plain_ = random_.chance(0.5);
+    batch_ = random_.integer(1, 3);
+    heads_k_ = 1;
+    d_ = random_.one_of<std::int64_t>({64, 320, 512});
+    dv_ = random_.one_of<std::int64_t>({64, 128, 320, 512});
+    with_qv_ = std::max(d_, dv_) <= 128 || random_.chance(0.5);
+    if (random_.chance(0.6)) {
+      group_ = random_.one_of<std::int64_t>({66, 128});
+      most_q_ = 2;
+      most_k_ = 700;
+    } else {
+      group_ = random_.one_of<std::int64_t>({1, 2});
+      least_q_ = 65;
+      most_q_ = 128;
+      most_k_ = 200;
+    }
+    q_type_ = k_type_ = out_type_ = type;
   }
 
   /// Half of them are multiples of 8, or of 64 where they are large: the copy engine takes those, others are gathered.
@@ -165,7 +192,7 @@ class RandomCall {
     if (ragged || random_.chance(0.2)) a.max_seqlen_q = longest(lengths) + random_.integer(0, 2);
     std::vector<std::int64_t> shape(a.q.shape(), a.q.shape() + a.q.ndim());
     shape.back() = dv_;
-    if (!for_clusters() && random_.chance(0.25)) a.qv = tensor(q_type_, shape);
+    if (with_qv_ || (!for_clusters() && random_.chance(0.25))) a.qv = tensor(q_type_, shape);
     a.out = tensor(out_type_, shape);
     if (rarely(0.8)) {
       a.lse = ragged ? tensor_of_any_order(float32, {heads_q(), rows})
@@ -314,6 +341,7 @@ class RandomCall {
     AttentionArguments& a = arguments;
     a.num_splits = mixed_ || plain_ || few_tiles_ ? 0
                    : prompts_                     ? 1
+                   : wide_                        ? random_.one_of<std::int64_t>({0, 0, 1, 3})
                                                   : random_.one_of<std::int64_t>({-1, 0, 1, 2, 3, 7, 256});
     if (random_.chance(0.5)) a.pack_gqa = random_.chance(0.5);
     // Of the emulated GPU's twelve multiprocessors, so that those which are left have many tiles each.
@@ -424,6 +452,8 @@ class RandomCall {
   bool plain_;
   bool prompts_;
   bool few_tiles_;
+  bool wide_;
+  bool with_qv_ = false;
   std::int64_t batch_ = 0, heads_k_ = 1, group_ = 1, d_ = 1, dv_ = 1, least_q_ = 0, most_q_ = 1, least_k_ = 0,
                most_k_ = 1;
   bool long_keys_ = false;

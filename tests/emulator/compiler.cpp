@@ -71,7 +71,7 @@ extern "C" void emulator_entry(void** arguments) { call()" +
 
 int nvrtcCompileProgram(Program* program, int, const char* const*) {
   const std::string log = program->folder / "log";
-  const std::string command = MATE_CXX " -std=c++20 -O1 -w -fPIC -shared " MATE_INCLUDES " -I" +
+  const std::string command = MATE_CXX " -std=c++20 -Og -w -fPIC -shared " MATE_INCLUDES " -I" +
                               program->folder.string() + " -o " + program->library() + " " +
                               (program->folder / "kernel.cpp").string() + " " MATE_DRIVER " > " + log + " 2>&1";
   const int status = std::system(command.c_str());

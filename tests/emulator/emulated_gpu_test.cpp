@@ -173,6 +173,27 @@ TEST_F(EmulatedGpu, ClustersShareOutTheKeysOfFewTiles) {
   EXPECT_NE(kernels.find("_merged_plain"), std::string::npos) << kernels;
 }
 
+/// Each has the heads of one of two units.
+TEST_F(EmulatedGpu, ClustersHaveManyHeadsOfAKeyHead) {
+  constexpr std::int64_t heads = 128;
+  for (const std::int64_t num_splits : {0, 3}) {
+    testing::Memory memory;
+    AttentionArguments a;
+    a.causal = true;
+    a.num_splits = num_splits;
+    a.q = memory.tensor(bfloat16, {2, 1, heads, 64});
+    for (Tensor* tensor : {&a.qv, &a.out}) *tensor = memory.tensor(bfloat16, {2, 1, heads, 128});
+    testing::fill(a.qv, [count = 0]() mutable { return ++count % 7 * 0.1; });
+    a.k = memory.tensor(bfloat16, {2, 1500, 1, 64});
+    a.v = memory.tensor(bfloat16, {2, 1500, 1, 128});
+    a.seqused_k = memory.integers({1500, 130});
+    const std::string kernels = judge_at_random(memory, a);
+    if (num_splits == 0) {
+      EXPECT_NE(kernels.find("_splits_clusters"), std::string::npos) << kernels;
+    }
+  }
+}
+
 /// Judges a call that decodes a token of each sequence.
 void judge_decoding(const std::vector<std::int64_t>& lengths) {
   constexpr std::int64_t page_size = 64;
@@ -295,6 +316,8 @@ TEST_F(EmulatedGpu, MatchesTheReferenceInPlainCalls) { judge_calls(testing::Rand
 TEST_F(EmulatedGpu, MatchesTheReferenceInPrompts) { judge_calls(testing::RandomCall::Kind::prompts, 16); }
 
 TEST_F(EmulatedGpu, MatchesTheReferenceInFewTiles) { judge_calls(testing::RandomCall::Kind::few_tiles, 16); }
+
+TEST_F(EmulatedGpu, MatchesTheReferenceInWideHeads) { judge_calls(testing::RandomCall::Kind::wide, 16); }
 
 /// Sequences of all kinds, and of prompts beside few queries.
 TEST_F(EmulatedGpu, IsBatchInvariantWhereAsked) {

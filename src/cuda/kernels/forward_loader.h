@@ -166,14 +166,14 @@ class ForwardLoader {
     if (first_lane() && (!variant.gather || threadIdx.x < 64)) {
       const Problem& p = a_.problem;
       const Worker worker = this_worker<variant>(a_);
-      int first_slot = static_cast<int>(slots_of(worker.first_index()));
+      int first_slot = static_cast<int>(slots_of(worker.first_index));
       if (a_.cut.parts_are_grains()) {
         const int tile = tile_number(variant.tiling(a_.pack), variant.one_tile(), p.ragged_queries(), p.queries.rows,
                                      work.sequence, work.place.first_q, work.tile);
         first_slot = (tile * a_.units + work.unit) * a_.parts.slots_of_tile;
       }
       work.parts = parts_of(a_.cut, work.shares, work.steps, work.cut, worker.number, work.blocks, first_slot);
-      work.parts.counter += worker.first_index();
+      work.parts.counter += worker.first_index;
     }
   }
 
@@ -192,7 +192,7 @@ class ForwardLoader {
                             bool all_chunks, ptx::Mbarrier& barrier, int head, const Places& box) const {
     if ((variant.stream() || variant.wide) && all_chunks) {
       const int chunk = first_column / (chunk_row_bytes / key_bytes);
-      ptx::load_box(tile, map, barrier, policy, 0, box.row[0], chunk, head, box.slot[0]);
+      load_keys_box<variant.cluster_blocks>(tile, map, barrier, policy, 0, box.row[0], chunk, head, box.slot[0]);
     } else {
       const int rows = variant.stream() ? a_.box_keys : variant.block_keys;
       load_keys<key_bytes, variant.cluster_blocks>(tile, rows * chunk_row_bytes, first_column, columns, map, barrier,
@@ -206,8 +206,8 @@ class ForwardLoader {
                         bool all_chunks, ptx::Mbarrier& barrier, const Places& box) {
     const ptx::CachePolicy policy = policy_for(work);
     const int lane = threadIdx.x % 32;
-    if constexpr (variant.cluster_blocks > 1) {
-      const int count = divide(a_.boxes, variant.cluster_blocks);
+    if constexpr (variant.box_blocks() > 1) {
+      const int count = divide(a_.boxes, variant.box_blocks());
       const int first = ptx::block_of_cluster() * count;
       Places own = box;
       if (!a_.problem.keys.paged()) own.row[0] += lane * a_.box_keys;
@@ -226,6 +226,13 @@ class ForwardLoader {
       fetch_box<columns>(policy, tile + lane * a_.box_keys * chunk_row_bytes * chunks_of_box, first_column, map,
                          all_chunks, barrier, work.head_k, box);
     }
+  }
+
+  /// Whether this block of threads, and no other of its cluster, fetches what comes in turns.
+  __device__ static bool fetches([[maybe_unused]] int turn) {
+    if constexpr (variant.wide && variant.cluster_blocks > 1)
+      return turn % variant.cluster_blocks == ptx::block_of_cluster();
+    return true;
   }
 
   /// Tells the barrier how many bytes this warp is about to fetch.
@@ -272,7 +279,7 @@ class ForwardLoader {
       gather_block<variant.head_dim>(work, n, places, a_.problem.k, a_.problem.head_dim, tile, full);
     } else {
       expect(full, k_bytes);
-      fetch<variant.head_dim>(work, tile, 0, maps_.k, a_.all_chunks_k, full, places);
+      if (fetches(n)) fetch<variant.head_dim>(work, tile, 0, maps_.k, a_.all_chunks_k, full, places);
     }
   }
 
@@ -294,6 +301,7 @@ class ForwardLoader {
         await_empty(slice);
         ptx::Mbarrier& fetched = clears ? shared_.v_fetched[place.stage()] : v_ring(slice).full[place.stage()];
         if (!clears) expect(fetched, v_bytes / slices);
+        if (!fetches(slice)) continue;
         fetch<columns>(work, tile + v_bytes / slices * slice, slice * columns, maps_.v, a_.all_chunks_v, fetched,
                        places);
       }

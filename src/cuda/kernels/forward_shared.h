@@ -94,7 +94,7 @@ struct Rehearsal<variant, true> {
 };
 
 /// The tiles that the first block of a cluster takes, as it tells the others: a ring, since the others may be behind.
-template <ForwardVariant variant, bool needed = (variant.cluster_blocks > 1)>
+template <ForwardVariant variant, bool needed = (variant.row_blocks() > 1)>
 struct Tickets {
   static constexpr int stages = 1;
   __device__ void init() {}

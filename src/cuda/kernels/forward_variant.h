@@ -58,8 +58,8 @@ struct ForwardVariant {
   int transposed_rows = 0;  ///< rows of a tile of the kernel of transposed.h, 16, 32 or 64; 0: another kernel
   bool qv = false;          ///< scores are of values too (wide)
   bool e4m3 = false;        ///< e4m3 is multiplied as it is, values transposed, by weights of e4m3; else it is widened
-  int cluster_blocks = 1;   ///< blocks of threads that have a tile together: each has rows of its own, and fetches a
-                            ///< part of each block of keys for all of them
+  int cluster_blocks = 1;  ///< blocks of threads that have a tile together: each has rows of its own or, where keys are
+                           ///< shared out, heads, and fetches a part of the keys and values for all of them
   bool merges_in_cluster = false;  ///< each tile is a cluster's, of any size, whose blocks of threads share out its
                                    ///< keys and merge what they have summed up, in each other's shared memory
   bool plain = false;  ///< without what few calls ask for (for_each_rare_field in forward_arguments.h): code that is
@@ -96,7 +96,13 @@ struct ForwardVariant {
   constexpr int tile_rows() const {
     return stream() ? stream_rows : transposed() ? transposed_rows : 64 * row_groups();
   }
-  constexpr Tiling tiling(int pack) const { return {tile_rows() / pack * pack * cluster_blocks, block_keys, pack}; }
+  constexpr Tiling tiling(int pack) const { return {tile_rows() / pack * pack * row_blocks(), block_keys, pack}; }
+  // Blocks of a cluster that have other rows of the same heads, and other units of heads that share a key head.
+  constexpr int row_blocks() const { return splits ? 1 : cluster_blocks; }
+  constexpr int unit_blocks() const { return splits ? cluster_blocks : 1; }
+  /// Blocks of a cluster that each fetch some boxes of a block of keys, or of values. Those of wide.h take turns: one
+  /// fetches all of a block of keys, and a slice of a block of values.
+  constexpr int box_blocks() const { return wide ? 1 : cluster_blocks; }
   /// What is multiplied.
   constexpr ElementType element() const {
     return e4m3 ? ElementType::float8_e4m3 : keys_are_rows() && scaled() ? ElementType::float16 : types.widened();
@@ -182,7 +188,9 @@ struct ForwardVariant {
     return stream() ? stream_warps() * tile_rows() * sums_pitch() * static_cast<int>(sizeof(float)) : 0;
   }
   /// Beside the tiles: barriers, what the scheduler says of a tile, and what its rows see.
-  constexpr int other_shared_bytes() const { return transposed() ? 10240 : e4m3 && warpgroups == 3 ? 4096 : 3072; }
+  constexpr int other_shared_bytes() const {
+    return transposed() ? 10240 : (e4m3 && warpgroups == 3) || (wide && stages > 2) ? 4096 : 3072;
+  }
   constexpr int tile_bytes() const { return most_shared_bytes - other_shared_bytes(); }
   constexpr int shared_bytes() const {
     return q_stages * q_bytes() + stages * (k_bytes() + v_bytes()) + fetched_bytes() + p_bytes() + warp_sums_bytes() +

@@ -24,8 +24,20 @@ __device__ inline void load_tile(unsigned char* tile, int head_dim, const Tensor
   }
 }
 
-/// The same of some columns of keys or values, with a policy for the L2 cache, and chunks that are `chunk_bytes` apart,
-/// for as many blocks of threads as a cluster has.
+/// One thread has it fetch a box of keys or values, with a policy for the L2 cache, for as many blocks of threads as a
+/// cluster has.
+template <int cluster_blocks, typename... Coordinates>
+__device__ inline void load_keys_box(unsigned char* target, const TensorMap& map, ptx::Mbarrier& barrier,
+                                     ptx::CachePolicy policy, Coordinates... coordinates) {
+  if constexpr (cluster_blocks > 1) {
+    constexpr unsigned short all_blocks = (1 << cluster_blocks) - 1;
+    ptx::load_box_for_cluster(target, map, barrier, policy, all_blocks, coordinates...);
+  } else {
+    ptx::load_box(target, map, barrier, policy, coordinates...);
+  }
+}
+
+/// The same of some columns, chunk by chunk, which are `chunk_bytes` apart.
 template <int element_bytes, int cluster_blocks>
 __device__ inline void load_keys(unsigned char* tile, int chunk_bytes, int first_column, int columns,
                                  const TensorMap& map, ptx::Mbarrier& barrier, ptx::CachePolicy policy, int head,
@@ -33,12 +45,7 @@ __device__ inline void load_keys(unsigned char* tile, int chunk_bytes, int first
 #pragma unroll
   for (int chunk = 0; chunk < chunks_of(columns, element_bytes); ++chunk) {
     const int column = first_column + chunk * (chunk_row_bytes / element_bytes);
-    if constexpr (cluster_blocks > 1) {
-      constexpr unsigned short all_blocks = (1 << cluster_blocks) - 1;
-      ptx::load_box_for_cluster(tile + chunk * chunk_bytes, map, barrier, policy, all_blocks, column, head, row, slot);
-    } else {
-      ptx::load_box(tile + chunk * chunk_bytes, map, barrier, policy, column, head, row, slot);
-    }
+    load_keys_box<cluster_blocks>(tile + chunk * chunk_bytes, map, barrier, policy, column, head, row, slot);
   }
 }
 

@@ -310,7 +310,7 @@ class SplitScheduler : StepCounter<variant> {
     const Share taken{share_.begin, tile.end < share_.end ? tile.end : share_.end};
     if (lane() == 0) {
       work.sequence = first_sequence_ + found;
-      work.unit = unit_;
+      work.unit = this->unit_of_block(unit_);
       work.tile = index;
       work.place = count.place;
       work.used = this->used_rows(count.place.lengths);

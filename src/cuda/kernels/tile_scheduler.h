@@ -66,7 +66,7 @@ class TileScheduler : TileFinder<variant> {
   using TileFinder<variant>::units;
 
   /// Whether the first block of a cluster tells the others which tiles it takes.
-  static constexpr bool tells = variant.cluster_blocks > 1;
+  static constexpr bool tells = variant.row_blocks() > 1;
 
   /// Blocks of threads that have a tile together.
   __device__ static int blocks_of_tile() {

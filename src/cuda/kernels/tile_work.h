@@ -42,17 +42,16 @@ struct TileWork {
 /// Whose steps a block of threads takes. Where each sequence has several tiles that see much the same keys, as many
 /// blocks of threads, a team, take such tiles at the same time, so that the L2 cache has the keys for all but one: the
 /// tiles of each member, which are those with its number modulo the team's size, are a row of steps of their own, and
-/// members with the same number share it out among them.
+/// members with the same number share it out among them. The blocks of a cluster take the same steps, of other heads.
 struct Worker {
   int team = 1;
   int member = 0;
-  int number = 0;   ///< among workers
-  int workers = 1;  ///< of the same member's steps
+  int number = 0;       ///< among workers
+  int workers = 1;      ///< of the same member's steps
+  int first_index = 0;  ///< the index of the first of those that have parts of the same tiles
 
-  /// Among the workers of all members.
-  __device__ int index() const { return first_index() + number; }
-  /// That of its member's first worker.
-  __device__ int first_index() const { return member * workers; }
+  /// Among all blocks of threads.
+  __device__ int index() const { return first_index + number; }
   /// Of `tiles` tiles, how many are this member's.
   __device__ int tiles_of(int tiles) const {
     return team == 1 ? tiles : tiles > member ? divide(tiles - member - 1, team) + 1 : 0;
@@ -63,17 +62,22 @@ struct Worker {
 
 template <ForwardVariant variant>
 __device__ Worker this_worker(const ForwardArguments& a) {
+  constexpr int cluster = variant.unit_blocks();
+  const int number = divide(static_cast<int>(blockIdx.x), cluster);
   Worker worker;
-  worker.number = static_cast<int>(blockIdx.x);
-  worker.workers = static_cast<int>(gridDim.x);
+  worker.number = number;
+  worker.workers = divide(static_cast<int>(gridDim.x), cluster);
   if constexpr (!variant.one_tile()) {
     if (a.team > 1) {
       worker.team = a.team;
-      worker.number = divide(worker.number, a.team);
+      worker.number = divide(number, a.team);
       worker.workers = divide(worker.workers, a.team);
-      worker.member = static_cast<int>(blockIdx.x) - worker.number * a.team;
+      worker.member = number - worker.number * a.team;
     }
   }
+  int row_of_steps = worker.member;
+  if constexpr (cluster > 1) row_of_steps = row_of_steps * cluster + ptx::block_of_cluster();
+  worker.first_index = row_of_steps * worker.workers;
   return worker;
 }
 
@@ -86,17 +90,23 @@ class TileFinder {
   __device__ const Problem& problem() const { return a_.problem; }
   /// What is computed from it is not worth registers from tile to tile.
   __device__ Tiling tiling() const {
-    return {ptx::known_only_here(a_.rows_of_block) * variant.cluster_blocks, variant.block_keys,
+    return {ptx::known_only_here(a_.rows_of_block) * variant.row_blocks(), variant.block_keys,
             ptx::known_only_here(a_.pack)};
   }
-  __device__ int units() const { return a_.units; }
+  /// Of heads, or where the blocks of a cluster have one each, of so many of them.
+  __device__ int units() const { return divide(a_.units, variant.unit_blocks()); }
+  /// This block's unit of these.
+  __device__ int unit_of_block(int unit) const {
+    if constexpr (variant.unit_blocks() > 1) return unit * variant.unit_blocks() + ptx::block_of_cluster();
+    return unit;
+  }
 
   /// Of one unit.
   __device__ int tiles_of_capacity(int rows) const {
     if (variant.one_tile() || rows <= 0) return rows > 0;
     // More than an int holds, where a ragged sequence is longer than max_seqlen_q said.
     const unsigned packed_rows = static_cast<unsigned>(rows) * static_cast<unsigned>(a_.pack);
-    return static_cast<int>((packed_rows - 1) / static_cast<unsigned>(a_.rows_of_block * variant.cluster_blocks)) + 1;
+    return static_cast<int>((packed_rows - 1) / static_cast<unsigned>(a_.rows_of_block * variant.row_blocks())) + 1;
   }
 
   __device__ int used_rows(const Lengths& lengths) const {
@@ -133,7 +143,7 @@ class TileFinder {
     if (lane > 0) return;
     set_keys(work, rows.count() > 0, first, last, of_sequence);
     work.first_query = first_query;
-    if constexpr (variant.cluster_blocks > 1) {
+    if constexpr (variant.row_blocks() > 1) {
       work.first_query += ptx::block_of_cluster() * divide(a_.rows_of_block, a_.pack);
     }
   }

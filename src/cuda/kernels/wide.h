@@ -25,8 +25,12 @@
 // held until the next two blocks are there, and none would be on its way meanwhile.
 //
 // What limits it is how long shared memory is held, or waits for what is on its way. So a block's values come and go in
-// two slices, the columns of either consumer, unless rows are gathered; and a slice is one order to
-// the copy engine where a block lies in one page and heads are whole chunks.
+// two slices, the columns of either consumer, unless rows are gathered; and a slice is one order to the copy engine
+// where a block lies in one page and heads are whole chunks.
+//
+// And so two blocks of threads may work on the same keys, a cluster (ForwardVariant::cluster_blocks): on rows of their
+// own, as those of forward.h, or where keys are shared out, on units of heads of their own, which then need the same
+// steps. Each fetches every other block of keys, and one slice of all values, into the shared memory of both.
 #pragma once
 
 #include "consumer.h"
@@ -189,7 +193,7 @@ class WideConsumer : Consumer<variant> {
   __device__ void finish_values(RingPlace<variant.stages> block, Sums sums) const {
     ptx::wgmma_wait<0>();
     ptx::hold(sums);
-    release(values().empty[block.stage()]);
+    release_for<variant.cluster_blocks>(values().empty[block.stage()]);
   }
 
   /// The ring of this consumer's columns of values.
@@ -197,7 +201,7 @@ class WideConsumer : Consumer<variant> {
 
   /// Of block n, which this consumer has scored, or leaves to the other.
   __device__ void release_keys(TilePlace tile, int n) {
-    release(shared_.k.empty[next_.stage()]);
+    release_for<variant.cluster_blocks>(shared_.k.empty[next_.stage()]);
     release_queries_at(tile, n);
   }
 

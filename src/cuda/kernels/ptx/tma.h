@@ -41,6 +41,16 @@ __device__ inline void load_box_for_cluster(void* shared, const TensorMap& map, 
       : "memory");
 }
 
+__device__ inline void load_box_for_cluster(void* shared, const TensorMap& map, Mbarrier& barrier, CachePolicy policy,
+                                            unsigned short blocks, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8, %9;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"(blocks),
+      "l"(static_cast<unsigned long long>(policy))
+      : "memory");
+}
+
 __device__ inline void load_box(void* shared, const TensorMap& map, Mbarrier& barrier, int c0, int c1, int c2, int c3,
                                 int c4) {
   asm volatile(
