@@ -1,6 +1,6 @@
 // The normalised call: what is left of the arguments once they are checked and every default is filled in.
 //
-// Shared with device code: includes nothing but its siblings, which include nothing.
+// Shared with device code: includes nothing but its siblings.
 #pragma once
 
 #include "attention/sequence.h"
@@ -124,8 +124,8 @@ struct Problem {
   Rotary rotary;
 
   // How the work is cut; nothing here changes a result beyond rounding.
-  int num_splits = 0;  ///< 0: the plan decides
-  int pack_gqa = -1;   ///< -1: the plan decides; else 0 or 1
+  int num_splits = 0;  ///< 0: the backend decides
+  int pack_gqa = -1;   ///< -1: the backend decides; else 0 or 1
   int sm_margin = 0;
   bool batch_invariant = false;
   IntVector scheduler_metadata;

@@ -1,6 +1,6 @@
-// How the work of a call is shared out evenly: the work of all tiles is counted in one row of steps, and each worker
-// has as many of them, one after another, as any other. What is not cut is a grain, a run of blocks of keys of a tile:
-// a worker takes the grains that begin in its steps.
+// How the work of a call is shared out evenly (stream-K): the work of all tiles is counted in one row of steps, and
+// each worker has as many of them, one after another, as any other. What is not cut is a grain, a run of blocks of keys
+// of a tile: a worker takes the grains that begin in its steps.
 //
 // Shared with device code: includes nothing but its siblings.
 #pragma once
@@ -42,18 +42,18 @@ class AlignedCut {
   constexpr AlignedCut(const Lengths& lengths, const CutShape& shape)
       : blocks_((static_cast<unsigned>(lengths.sk) + shape.block_keys - 1U) / shape.block_keys),
         heads_(shape.heads_k),
-        block_bytes_(static_cast<long long>(shape.block_keys) * (shape.head_dim + shape.head_dim_v) * 2) {
+        block_bytes_(static_cast<long long>(shape.block_keys) * (shape.head_dim + shape.head_dim_v) * element_bytes) {
     constexpr long long tile_rows = 64;  // of one or two of them
     const long long rows = static_cast<long long>(lengths.sq) * shape.group;
     tiles_ = (rows + tile_rows - 1) / tile_rows * shape.heads_k;
-    part_bytes_ = (rows < 2 * tile_rows ? rows : 2 * tile_rows) * shape.head_dim_v * 8;
+    part_bytes_ = (rows < 2 * tile_rows ? rows : 2 * tile_rows) * shape.head_dim_v * sum_bytes;
   }
 
   /// The distance of the cut, in blocks.
   constexpr int distance() const {
     long long distance = least_aligned_blocks;
     while (distance < blocks_ &&
-           (distance * most_aligned_parts < blocks_ || distance * block_bytes_ < least_keys * part_bytes_ ||
+           (distance * most_aligned_parts < blocks_ || distance * block_bytes_ < least_ratio * part_bytes_ ||
             (distance < longest && distance * workers < blocks_ * heads_) ||
             distance * tiles_enough < blocks_ * tiles_))
       distance *= 2;
@@ -62,7 +62,7 @@ class AlignedCut {
 
   /// Whether no sequence of as many rows, and of as many keys or fewer, is cut.
   constexpr bool leaves_whole() const {
-    return blocks_ <= least_aligned_blocks || blocks_ * block_bytes_ <= least_keys * part_bytes_ ||
+    return blocks_ <= least_aligned_blocks || blocks_ * block_bytes_ <= least_ratio * part_bytes_ ||
            tiles_ >= tiles_enough;
   }
 
@@ -70,8 +70,11 @@ class AlignedCut {
   static constexpr long long workers = 128;  // about as many as there are: a sequence that is alone has work for all
   static constexpr long long longest = 16;   // but shares of many sequences are even
   static constexpr long long tiles_enough = 16 * workers;
-  /// A part's sums are written and read again: its keys and values are to be so many times as many bytes.
-  static constexpr long long least_keys = 16;
+  /// A part's sums are written and read again: its keys and values are to be so many times as many bytes, counted as if
+  /// they were of 16 bits.
+  static constexpr long long least_ratio = 16;
+  static constexpr long long element_bytes = 2;
+  static constexpr long long sum_bytes = 2 * 4;
 
   long long blocks_;
   long long heads_;

@@ -1,7 +1,7 @@
 // How the work of a call is cut up: tiles of query rows, blocks of keys, splits of the keys of a tile.
 //
-// The geometry is shared with device code (it includes nothing but its siblings); how many splits a sequence gets
-// is decided in plan.cpp.
+// The geometry is shared with device code (it includes nothing but its siblings); how many splits a sequence gets each
+// backend decides.
 #pragma once
 
 #include "attention/visibility.h"
@@ -15,7 +15,7 @@ struct Tiling {
   int tile_rows = 0;  ///< packed rows of a tile
   /// Keys of a block. Blocks start at multiples of it, so that a row's sums never depend on its tile.
   int block_keys = 0;
-  int pack = 1;  ///< query heads that share a tile: all of a group, or one
+  int pack = 1;  ///< query heads that share a tile: as many as divide a group
 };
 
 /// Packed rows first .. last of a tile.

@@ -23,8 +23,9 @@
 // |                            | or a part of them, and merges parts if it is last  |            |           |
 //
 // So the matrix units work while weights are made: a consumer starts both products only when the one before it has
-// started its own, so that they stay a step apart, and one makes weights while another multiplies. Registers move from
-// the producers to the consumers (setmaxnreg): a consumer holds its 64 rows of scores, weights and sums in them.
+// started its own, so that they stay a step apart (ping-pong), and one makes weights while another multiplies.
+// Registers move from the producers to the consumers (setmaxnreg): a consumer holds its 64 rows of scores, weights and
+// sums in them.
 //
 // Two blocks of threads may have a tile together, a cluster (ForwardVariant::cluster_blocks), each half of its rows.
 // Either fetches half of each block of keys, and of values, into the shared memory of both, so that the L2 cache is
@@ -34,7 +35,7 @@
 //
 // Or, where tiles are few and keys many, each tile is that of a cluster of up to eight blocks of threads, which share
 // out its keys (ForwardVariant::merges_in_cluster). Each leaves its sums in its shared memory, where keys and values
-// were, and when all have, each merges some of the rows.
+// were, and when all have, each merges some of the rows (split-KV, merged through distributed shared memory).
 #pragma once
 
 #include "carried_sums.h"

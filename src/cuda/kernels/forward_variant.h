@@ -128,7 +128,8 @@ struct ForwardVariant {
   /// Blocks of threads whose consumers have done with a buffer of values before it is filled again: each block of a
   /// cluster prepares its own.
   constexpr int cluster_of_values() const { return prepares() ? 1 : cluster_blocks; }
-  /// Consumers that wait for nothing but memory, as one may, and those of few rows do: producers are the more.
+  /// Whether memory alone is what consumers wait for, as a single one may, and those of few rows do: there are more
+  /// producers then.
   constexpr bool awaits_memory() const { return warpgroups == 1 || stream(); }
   /// Of the scheduler, the loaders and the preparers.
   constexpr int producer_warpgroups() const {

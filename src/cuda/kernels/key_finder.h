@@ -1,7 +1,7 @@
 // Where the keys of blocks are: in which slots and rows of the tensors.
 //
-// What is paged is looked up before it is needed, and nothing looks at what has been looked up until it is: even to
-// move it to another register is to wait for it.
+// Numbers of pages are loaded before they are needed, and not touched until then: even to copy one to another register
+// is to wait for it.
 #pragma once
 
 #include "load.h"

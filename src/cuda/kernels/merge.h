@@ -100,7 +100,7 @@ struct MergedRow {
 template <int lines_at_once, typename WeightOf, typename Read, typename Finish, typename Store>
 __device__ inline void merge_rows(int count, int parts, int width, const WeightOf& weight_of, const Read& read,
                                   const Finish& finish, const Store& store) {
-  constexpr int parts_at_once = 4;
+  constexpr int parts_at_once = lines_at_once <= 4 ? 4 : 3;
   const int lane = ptx::known_only_here(threadIdx.x % 32);
   PartWeight all{-infinity(), 0};
   const auto base = [&] { return all.max == -infinity() ? 0 : all.max; };

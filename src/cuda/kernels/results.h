@@ -274,7 +274,8 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
     if constexpr (variant.stream()) {
       for_own_rows([&](int row) { return Base::template merge_row_of<most_at_once>(work, row, value_factor); });
     } else {
-      constexpr int lines_at_once = variant.transposed() ? 2 : 4;
+      // As registers allow.
+      constexpr int lines_at_once = variant.transposed() ? 2 : variant.moves_registers() ? 4 : 8;
       // Its number is not worth a register all along.
       merge_many<lines_at_once>(
           work, value_factor, {ptx::known_only_here(thread()) / 32, warps},
@@ -283,7 +284,7 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
     }
   }
 
-  /// Calls merge(row) for every so manieth row, as this warp's, until it returns false.
+  /// Calls merge(row) for this warp's rows, one of as many as there are warps, until it returns false.
   template <typename Merge>
   __device__ void for_own_rows(const Merge& merge) const {
 #pragma unroll 1
@@ -292,7 +293,7 @@ class ResultWriter : PartMerger<variant.types.out, variant.head_dim_v> {
     }
   }
 
-  /// Merges parts where rows are many: each of the warps that share them has every so manieth of them. Row r of a part
+  /// Merges parts where rows are many, which warps take in turns. Row r of a part
   /// has part_weight(part, r), and part_sums(part, r, column) from a column on, of so many lines at once.
   template <int lines_at_once, typename WeightOfPart, typename SumsOfPart>
   __device__ void merge_many(const TileWork& work, float value_factor, Sharer warp, const WeightOfPart& part_weight,

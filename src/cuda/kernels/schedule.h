@@ -41,7 +41,7 @@ __device__ void schedule(const ForwardArguments& a, ForwardShared<variant>& shar
       }
       if (!early) await_inputs(a);
     } else {
-      // The second time lengths are in the cache.
+      // begin() is a long program that is to be there once. The first time brings lengths into the cache.
 #pragma unroll 1
       for (bool once_more = early;; once_more = false) {
         if (!once_more) await_inputs(a);

@@ -1,4 +1,5 @@
-// How many steps each sequence of a call takes (attention/shares.h): what a call's scheduler finds for itself.
+// About how many steps each sequence of a call takes (attention/shares.h). No kernel reads that: schedulers count for
+// themselves, as their tiles are.
 #pragma once
 
 #include "ptx/launch.h"

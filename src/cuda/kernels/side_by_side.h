@@ -14,8 +14,9 @@ __device__ inline void let_next_begin_at_once(const ForwardArguments& a) {
   if (a.served.which != Sequences::prefills) ptx::let_next_kernel_begin();
 }
 
-/// Waits until the inputs are there. The launch that decodes need not, as it is let begin when the other has waited,
-/// but must not find in the L1 cache what was there before. Of one multiprocessor there is no half for it: it waits.
+/// Waits until the inputs are there. The launch that decodes need not, since it may begin only when the other has
+/// waited; a fence keeps it from finding in the L1 cache what was there before. Where there is but one multiprocessor,
+/// none is left for it, and it waits.
 __device__ inline void await_inputs(const ForwardArguments& a) {
   if (a.served.which == Sequences::decodes && gridDim.x > 1) {
     ptx::fence_acquire();

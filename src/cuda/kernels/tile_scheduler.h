@@ -1,6 +1,7 @@
-// Hands out the tiles of a call: each block of threads, or cluster of them, begins with the tile of its own number and
-// then takes the next one that nobody has taken, so that those which had little to do do more. Where the blocks of a
-// cluster share out the keys of a tile, there are clusters for all tiles, and each has one or none.
+// Hands out the tiles of a call (a dynamic persistent scheduler): each block of threads, or cluster of them, begins
+// with the tile of its own number and then takes the next one that nobody has taken, so that those which had little to
+// do do more. Where the blocks of a cluster share out the keys of a tile, there are clusters for all tiles, and each
+// has one or none.
 #pragma once
 
 #include "forward_shared.h"
@@ -50,7 +51,7 @@ class TileScheduler : TileFinder<variant> {
         ptx::forget_shared_memory();
         choose_tile(work);
       } else if (!variant.merges_in_cluster && takes() && !first && index_ - workers() == tiles_before_ - 1) {
-        // As many are taken as there are tiles, since each is followed by a question for another: this was the last.
+        // Each tile is followed by one request for another, so that there are as many as tiles: this was the last.
         *a_.counters = 0;
       }
     }
@@ -69,7 +70,7 @@ class TileScheduler : TileFinder<variant> {
   static constexpr bool tells = variant.row_blocks() > 1;
 
   /// Blocks of threads that have a tile together.
-  __device__ static int blocks_of_tile() {
+  __device__ static int cluster_size() {
     return variant.merges_in_cluster ? ptx::blocks_of_cluster() : variant.cluster_blocks;
   }
 
@@ -77,7 +78,7 @@ class TileScheduler : TileFinder<variant> {
   __device__ static bool take_share(TileWork& work) {
     __syncwarp();
     const BlockRange blocks = work.blocks;
-    const int parts = max(min(blocks_of_tile(), blocks.size()), 1);
+    const int parts = max(min(cluster_size(), blocks.size()), 1);
     const int number = ptx::block_of_cluster();
     __syncwarp();
     if (first_lane()) {
@@ -94,13 +95,11 @@ class TileScheduler : TileFinder<variant> {
   __device__ static bool takes() { return !tells || ptx::block_of_cluster() == 0; }
 
   /// Blocks of threads, or clusters, that take tiles: not worth a register.
-  __device__ int workers() const {
-    return max(workers_of_launch(a_, static_cast<int>(gridDim.x)) / blocks_of_tile(), 1);
-  }
+  __device__ int workers() const { return max(workers_of_launch(a_, static_cast<int>(gridDim.x)) / cluster_size(), 1); }
 
   /// Blocks that have nothing to do begin behind all tiles.
   __device__ int first_index() const {
-    const int number = static_cast<int>(blockIdx.x) / blocks_of_tile();
+    const int number = static_cast<int>(blockIdx.x) / cluster_size();
     return number < workers() ? number : max_length;
   }
 

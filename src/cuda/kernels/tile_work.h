@@ -15,7 +15,7 @@ struct TileWork {
   int head_k = 0;     ///< their key head
   int tile = 0;
   int first_query = 0;  ///< query row of the sequence that the tile, or this block's part of it, begins with
-  int used = 0;         ///< query rows that are computed: those of the rest that the sequence has are cleared
+  int used = 0;         ///< query rows that are computed; the sequence's others are cleared
   Sequence place;
   KeyRange seen;         ///< keys that some row of the sequence sees
   KeyRange seen_by_all;  ///< keys that every row of the tile sees
