@@ -44,10 +44,14 @@ def number(name: str, value: Number) -> float:
 def boolean(name: str, value: object) -> bool:
     if value is True or value is False:
         return value
+    # Nearly everything has a truth value: numbers, and elements of arrays, are meant to.
+    is_scalar = hasattr(value, "__index__") or hasattr(value, "dtype")
     try:
-        return bool(value)
+        if is_scalar:
+            return bool(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a bool, got {_describe(value)}") from None
+        pass
+    raise TypeError(f"{name} must be a bool, got {_describe(value)}")
 
 
 def window(window_size: Sequence[Any]) -> tuple[Any, Any]:
@@ -65,11 +69,11 @@ def chunk(attention_chunk: Index | None) -> Index:
     return 0 if attention_chunk is None else attention_chunk
 
 
-def same_length(name: str, value: Index, batch: int, device: torch.device | None) -> Tensor:
+def same_length(name: str, value: Index, batch: int, device: torch.device | None, capacity: int = 2**31 - 1) -> Tensor:
     """One length for all sequences, as a tensor (batch,)."""
     length = integer(name, value)
-    if not 0 <= length < 2**31:
-        raise ValueError(f"{name} must be from 0 to 2**31 - 1, got {length}")
+    if not 0 <= length <= capacity:
+        raise ValueError(f"{name} must be from 0 to {capacity}, got {length}")
     return torch.full((batch,), length, dtype=torch.int32, device=device)
 
 
@@ -89,7 +93,6 @@ def one_of(**aliases: Any) -> Any:
 
 def contiguous_rows(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy where its last dimension is not contiguous."""
-    check_tensor(name, tensor)
     try:
         # The first question is the cheaper one, and enough for most.
         if tensor.is_contiguous() or tensor.stride(-1) == 1:
@@ -97,11 +100,18 @@ def contiguous_rows(name: str, tensor: Tensor) -> Tensor:
         return tensor.contiguous()
     except RuntimeError:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}") from None
+    except AttributeError:
+        pass
+    raise _no_tensor(name, tensor)
 
 
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {_describe(value)}")
+        raise _no_tensor(name, value)
+
+
+def _no_tensor(name: str, value: object) -> TypeError:
+    return TypeError(f"{name} must be a torch.Tensor, got {_describe(value)}")
 
 
 def _describe(value: object) -> str:

@@ -325,7 +325,12 @@ def flash_attn_with_kvcache(
     """
     if cache_seqlens is not None and (not isinstance(cache_seqlens, Tensor) or cache_seqlens.dim() == 0):
         check_tensor("q", q)
-        cache_seqlens = same_length("cache_seqlens", cache_seqlens, _batch_size(q, cu_seqlens_q), q.device)
+        table = page_table if block_table is None else block_table
+        capacity = _capacity(k_cache, table, None if cu_seqlens_k_new is not None else k)
+        cache_seqlens = same_length("cache_seqlens", cache_seqlens, _batch_size(q, cu_seqlens_q), q.device, capacity)
+    if k is not None:
+        check_tensor("k_cache", k_cache)  # where it is written to, PyTorch is told so
+        check_tensor("v_cache", v_cache)
     left, right = window(window_size)
     call = AttentionCall(
         CACHE_NAMES,
@@ -667,6 +672,15 @@ def _batch_size(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
         return q.shape[0] if q.dim() else 0
     check_tensor("cu_seqlens_q", cu_seqlens_q)
     return max(0, cu_seqlens_q.numel() - 1)
+
+
+def _capacity(k_cache: Tensor, page_table: Tensor | None, k: Tensor | None) -> int:
+    """How many keys a sequence may have in a cache, and leave room for new ones; of wrong shapes, as many as any."""
+    shapes = [x.shape for x in (k_cache, page_table, k) if isinstance(x, Tensor)]
+    if any(len(shape) not in (2, 4) for shape in shapes):
+        return 2**31 - 1
+    rows = k_cache.shape[1] * (1 if page_table is None else page_table.shape[-1])
+    return max(0, min(rows, 2**31 - 1) - (0 if k is None else k.shape[1]))
 
 
 def _sink(learnable_sink: Tensor | None, sinks: Tensor | None, s_aux: Tensor | None) -> Tensor | None:

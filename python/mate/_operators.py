@@ -168,19 +168,23 @@ def attention(function: str, call: AttentionCall, out: Tensor | None, with_lse: 
         return result, lse if with_lse else None
 
     inputs = call.differentiable() if torch.is_grad_enabled() else []
-    if inputs and out is not None:
-        result, lse_or_none = attention(function, call, None, with_lse)
-        return out.copy_(result), lse_or_none
-    detached: list[Any] = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in call]
+    detached = _detached(call)
     if out is None:
         result, lse = _attention_append(function, *detached, with_lse)
     else:
         operator = _attention_append_out if appends else _attention_out
-        result, lse = out, operator(function, *detached, with_lse, out)
+        # What has a derivative is copied to out, whose history then tells.
+        result = torch.empty_like(out, requires_grad=False) if inputs else out
+        lse = operator(function, *detached, with_lse, result)
     if inputs:
         result = torch.ops.mate.without_backward(function, result, inputs)
         lse = torch.ops.mate.without_backward(function, lse, inputs)
+        result = result if out is None else out.copy_(result)
     return result, lse if with_lse else None
+
+
+def _detached(call: AttentionCall | CombineCall) -> list[Any]:
+    return [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in call]
 
 
 # Combine.
@@ -212,10 +216,13 @@ def combine(function: str, call: CombineCall, out: Tensor | None, out_dtype: tor
     if out is None:
         results: tuple[Tensor, Tensor] = _combine(function, *call, out_dtype)
         return results
-    if torch.is_grad_enabled() and call.differentiable():
-        result, lse = combine(function, call, None, out.dtype)
-        return out.copy_(result), lse
-    return out, _combine_out(function, *call, out)
+    inputs = call.differentiable() if torch.is_grad_enabled() else []
+    if not inputs:
+        return out, _combine_out(function, *call, out)
+    result = torch.empty_like(out, requires_grad=False)
+    lse = _combine_out(function, *_detached(call), result)
+    result = torch.ops.mate.without_backward(function, result, inputs)
+    return out.copy_(result), torch.ops.mate.without_backward(function, lse, inputs)
 
 
 # Scheduler metadata.

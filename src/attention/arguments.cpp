@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "check.h"
-#include "plan.h"
+#include "tiling.h"
 
 namespace mate {
 namespace {
@@ -128,6 +128,7 @@ void check_types(const AttentionArguments& a, const ArgumentNames& names) {
       check_dtype(name, *tensor, {q, a.k.dtype()});
     }
   }
+  if (a.k_new.given()) check_dtype(names.v_new, a.v_new, {a.k_new.dtype()});
   if (q == float8_e4m3fn) {
     check_dtype("out", a.out, {bfloat16, float16});
   } else {
@@ -314,6 +315,26 @@ void set_rotary(Problem& problem, const AttentionArguments& a, const ArgumentNam
   rotary.queries_advance = problem.mask.bounded();
 }
 
+/// Lengths that follow from shapes alone.
+void check_known_lengths(const Problem& problem, const ArgumentNames& names) {
+  const KeyLayout& keys = problem.keys;
+  if (problem.batch == 0) return;
+  if (!problem.ragged_queries() && !problem.queries.seqused.given()) {
+    require(problem.queries.rows <= problem.max_seqlen_q, "max_seqlen_q must be at least ", problem.queries.rows,
+            ", the rows of ", names.q, ", got ", problem.max_seqlen_q);
+  }
+  if (keys.cu_seqlens.given()) return;
+  const int capacity = keys.paged() ? keys.table_capacity : keys.rows;
+  if (!keys.seqused.given() && !keys.leftpad.given()) {
+    require(capacity <= problem.max_seqlen_k, "max_seqlen_k must be at least ", capacity, ", the rows of ", names.k,
+            ", got ", problem.max_seqlen_k);
+  }
+  if (keys.appends && !keys.cu_seqlens_new.given()) {
+    require(keys.new_rows <= capacity, names.k_new, " must fit the cache, which has ", capacity, " rows, got ",
+            keys.new_rows);
+  }
+}
+
 /// The shape of out; without the leading dimension when queries are ragged.
 std::array<std::int64_t, 4> out_shape(const Problem& problem) {
   return {problem.batch, problem.queries.rows, problem.heads_q, problem.head_dim_v};
@@ -366,6 +387,7 @@ Problem make_problem(const AttentionArguments& a, const ArgumentNames& names) {
   set_keys(problem, a, names);
   set_qv(problem, a);
   set_appended(problem, a, names);
+  check_known_lengths(problem, names);
   set_rotary(problem, a, names);
   if (a.q.dtype() == float8_e4m3fn) problem.q_descale = descale_of("q_descale", a.q_descale, problem, a.q);
   if (a.k.dtype() == float8_e4m3fn) {
@@ -374,7 +396,7 @@ Problem make_problem(const AttentionArguments& a, const ArgumentNames& names) {
   }
   problem.sink = sink_of(a, problem.heads_q);
   problem.scheduler_metadata =
-      int_vector("scheduler_metadata", a.scheduler_metadata, scheduler_metadata_elements(problem.batch), "(b,)");
+      int_vector("scheduler_metadata", a.scheduler_metadata, scheduler_metadata_size(problem.batch), "(b,)");
   const double scale =
       a.softmax_scale.value_or(1 / std::sqrt(problem.head_dim + (a.qv.given() ? problem.head_dim_v : 0.0)));
   check_finite("softmax_scale", scale);
@@ -430,9 +452,9 @@ Problem make_problem(const SchedulerMetadataArguments& a, const ArgumentNames& n
                                      {"out", &a.out}}) {
     check_place(name, *tensor, first_name, first);
   }
-  check_writable("out", a.out);
   check_dtype("out", a.out, {int32});
-  check_shape("out", a.out, {scheduler_metadata_elements(problem.batch)}, "(b,)");
+  check_shape("out", a.out, {scheduler_metadata_size(problem.batch)}, "(b,)");
+  check_writable("out", a.out);
 
   problem.queries.cu_seqlens = int_vector("cu_seqlens_q", a.cu_seqlens_q, problem.batch + 1, "(b + 1,)");
   problem.queries.seqused = int_vector("seqused_q", a.seqused_q, problem.batch, "(b,)");

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <vector>
 
 #include "visibility.h"
 
@@ -146,27 +149,83 @@ void check_contiguous_rows(const char* name, const Tensor& tensor) {
           tensor.stride(-1));
 }
 
-void check_disjoint(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
-  struct Extent {
-    std::uintptr_t begin, end;
-    bool empty, gaps;
+namespace {
+
+/// Bytes of a tensor, from the first to the one behind the last.
+struct Extent {
+  std::int64_t begin, end;
+};
+
+/// By how much bytes of two tensors may lie apart: any of lowest .. highest times so many.
+struct Step {
+  std::int64_t bytes, lowest, highest;
+};
+
+/// Whether so many of each of the steps, the longest of which come first, make up a distance. Steps of a tensor reach
+/// further than all shorter ones, mostly, so that few numbers are to be tried; where more than `tries` are, perhaps.
+bool may_make_up(const Step* step, const Step* end, std::int64_t distance, int& tries) {
+  if (step == end) return distance == 0;
+  if (--tries < 0) return true;
+  std::int64_t least = 0;
+  std::int64_t most = 0;
+  for (const Step* shorter = step + 1; shorter < end; ++shorter) {
+    least += shorter->lowest * shorter->bytes;
+    most += shorter->highest * shorter->bytes;
+  }
+  const auto floor = [&](std::int64_t x) { return x / step->bytes - (x % step->bytes < 0); };
+  const std::int64_t last = std::min(step->highest, floor(distance - least));
+  for (std::int64_t n = std::max(step->lowest, -floor(most - distance)); n <= last; ++n) {
+    if (may_make_up(step + 1, end, distance - n * step->bytes, tries)) return true;
+  }
+  return false;
+}
+
+/// Whether some byte is that of both tensors.
+bool may_overlap(const Tensor& a, const Tensor& b) {
+  std::vector<Step> steps;
+  // Offsets of `a` count, those of `b` are taken from them; negative ones the other way round.
+  const auto add = [&](std::int64_t bytes, std::int64_t count, bool of_a) {
+    if (bytes == 0 || count <= 1) return;
+    const bool forwards = of_a == (bytes > 0);
+    const Step step{std::abs(bytes), forwards ? 0 : 1 - count, forwards ? count - 1 : 0};
+    const auto same = std::find_if(steps.begin(), steps.end(), [&](const Step& x) { return x.bytes == step.bytes; });
+    if (same == steps.end()) {
+      steps.push_back(step);
+    } else {
+      same->lowest += step.lowest;
+      same->highest += step.highest;
+    }
   };
+  for (const Tensor* t : {&a, &b}) {
+    const std::int64_t bytes = t->dtype().bits / 8;
+    add(1, bytes, t == &a);
+    for (int i = 0; i < t->ndim(); ++i) add(t->stride(i) * bytes, t->size(i), t == &a);
+  }
+  std::sort(steps.begin(), steps.end(), [](const Step& x, const Step& y) { return x.bytes > y.bytes; });
+  const auto distance = reinterpret_cast<std::intptr_t>(b.data()) - reinterpret_cast<std::intptr_t>(a.data());
+  int tries = 100'000;
+  return may_make_up(steps.data(), steps.data() + steps.size(), distance, tries);
+}
+
+}  // namespace
+
+void check_disjoint(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+  if (!tensor.given() || !other.given()) return;
   const auto extent_of = [](const Tensor& t) {
-    std::int64_t elements = 1, first = 0, last = 0;
+    std::int64_t first = 0, last = 0;
     for (int i = 0; i < t.ndim(); ++i) {
-      elements *= t.size(i);
+      if (t.size(i) == 0) return Extent{0, 0};
       const std::int64_t reach = (t.size(i) - 1) * t.stride(i);
       (reach < 0 ? first : last) += reach;
     }
     const std::int64_t bytes = t.dtype().bits / 8;
-    const auto data = reinterpret_cast<std::uintptr_t>(t.data());
-    return Extent{data + first * bytes, data + (last + 1) * bytes, elements == 0, last - first + 1 > elements};
+    const auto data = reinterpret_cast<std::intptr_t>(t.data());
+    return Extent{data + first * bytes, data + (last + 1) * bytes};
   };
-  if (!tensor.given() || !other.given()) return;
   const Extent a = extent_of(tensor);
   const Extent b = extent_of(other);
-  if (a.empty || b.empty || (a.gaps && tensor.data() != other.data())) return;
-  require(a.end <= b.begin || b.end <= a.begin, name, " must not overlap ", other_name);
+  if (a.begin == a.end || b.begin == b.end || a.end <= b.begin || b.end <= a.begin) return;
+  require(!may_overlap(tensor, other), name, " must not overlap ", other_name);
 }
 
 void check_finite(const char* name, double value) {

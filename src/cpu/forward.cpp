@@ -55,6 +55,7 @@ Schedule make_schedule(const Problem& problem, const Plan& plan) {
   Schedule schedule;
   const Tiling& tiling = plan.tiling;
   const int units = plan.head_units(problem);
+  if (units == 0) return schedule;
   const int head_dims = problem.head_dim + problem.head_dim_v;
   double multiplications = 0;
   std::int64_t streamed_pieces = 0;

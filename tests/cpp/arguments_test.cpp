@@ -12,9 +12,11 @@
 #include <cstdlib>
 #include <functional>
 #include <limits>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "attention/check.h"
 #include "attention/contents.h"
 #include "memory.h"
 #include "random.h"
@@ -252,6 +254,9 @@ TEST(Arguments, OfAWrongType) {
   wrong(Base::float8, "v_descale", &AttentionArguments::v_descale, float16, "float16");
   wrong(Base::cache, "k_new", &AttentionArguments::k_new, float16, "float16");
   wrong(Base::cache, "k_new", &AttentionArguments::k_new, float8_e4m3fn, "float8_e4m3fn");
+  list.push_back({Base::cache, ErrorKind::type, "v_new", "bfloat16", [](Memory& memory, AttentionArguments& a) {
+                    for (Tensor* tensor : {&a.k, &a.v, &a.v_new}) *tensor = of_type(memory, *tensor, float8_e4m3fn);
+                  }});
   wrong(Base::cache, "v_new", &AttentionArguments::v_new, float32, "float32");
   wrong(Base::cache, "rotary_cos", &AttentionArguments::rotary_cos, int32, "int32");
   wrong(Base::cache, "rotary_cos", &AttentionArguments::rotary_cos, float8_e4m3fn, "float8_e4m3fn");
@@ -825,6 +830,80 @@ TEST(CombineArguments, AreChecked) {
     expect_error(item.kind, item.name, item.mentions, [&] { combine(a); });
     EXPECT_TRUE(memory.unchanged());
   }
+}
+
+/// Without a look at memory, which on a GPU the host does not take.
+TEST(AttentionArguments, ShapesTellLengths) {
+  const auto error_of = [](Base base, const std::function<void(Memory&, AttentionArguments&)>& change) -> std::string {
+    Memory memory;
+    AttentionArguments a = make_call(memory, base);
+    change(memory, a);
+    try {
+      make_problem(a, {});
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  using Arguments = AttentionArguments;
+  const auto no_lengths = [](Arguments& a) { a.seqused_q = a.seqused_k = Tensor(); };
+  EXPECT_EQ(error_of(Base::normal, [&](Memory&, Arguments& a) { no_lengths(a), a.max_seqlen_q = 2; }),
+            "max_seqlen_q must be at least 3, the rows of q, got 2");
+  EXPECT_EQ(error_of(Base::normal, [&](Memory&, Arguments& a) { no_lengths(a), a.max_seqlen_k = 5; }),
+            "max_seqlen_k must be at least 6, the rows of k, got 5");
+  EXPECT_EQ(error_of(Base::normal, [&](Memory&, Arguments& a) { a.max_seqlen_q = a.max_seqlen_k = 1; }), "");
+  EXPECT_EQ(error_of(Base::cache,
+                     [](Memory& memory, Arguments& a) {
+                       a.k_new = resized(memory, a.k_new, 1, 9);
+                       a.v_new = resized(memory, a.v_new, 1, 9);
+                     }),
+            "k_new must fit the cache, which has 8 rows, got 9");
+}
+
+/// Bytes of small tensors of any strides, one by one.
+TEST(Check, FindsWhatOverlaps) {
+  Random random(0);
+  alignas(16) static char memory[4096];
+  const auto draw = [&] {
+    const DLDataType dtype = random.one_of<DLDataType>({float32, bfloat16, float8_e4m3fn});
+    std::vector<std::int64_t> shape, strides;
+    for (int i = 0; i < 3; ++i) {
+      shape.push_back(random.integer(1, 5));
+      strides.push_back(random.one_of<std::int64_t>({1, 2, 4, 5, 8, 12, 20, 24, -8, 0}));
+    }
+    char* const data = memory + 2048 + random.integer(-40, 40) * 4;
+    return Tensor(DLTensor{data, {kDLCPU, 0}, 3, dtype, shape.data(), strides.data(), 0});
+  };
+  const auto bytes_of = [&](const Tensor& t) {
+    std::set<std::int64_t> bytes;
+    for (std::int64_t i = 0; i < t.size(0) * t.size(1) * t.size(2); ++i) {
+      const std::int64_t at = i % t.size(0) * t.stride(0) + i / t.size(0) % t.size(1) * t.stride(1) +
+                              i / t.size(0) / t.size(1) * t.stride(2);
+      const std::int64_t size = t.dtype().bits / 8;
+      for (std::int64_t byte = 0; byte < size; ++byte) {
+        bytes.insert(static_cast<const char*>(t.data()) - memory + at * size + byte);
+      }
+    }
+    return bytes;
+  };
+  int overlapping = 0;
+  for (int n = 0; n < 20'000; ++n) {
+    const Tensor a = draw();
+    const Tensor b = draw();
+    const std::set<std::int64_t> of_a = bytes_of(a);
+    bool expected = false;
+    for (const std::int64_t byte : bytes_of(b)) expected |= of_a.count(byte) > 0;
+    bool found = false;
+    try {
+      check_disjoint("a", a, "b", b);
+    } catch (const Error&) {
+      found = true;
+    }
+    ASSERT_EQ(found, expected) << n;
+    overlapping += expected;
+  }
+  EXPECT_GT(overlapping, 2'000);
+  EXPECT_LT(overlapping, 18'000);
 }
 
 }  // namespace

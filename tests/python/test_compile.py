@@ -210,6 +210,15 @@ def test_compiled_with_grad_where_arguments_are_written(mate: ModuleType, device
         first.sum().backward()
 
 
+def test_compiled_with_grad_into_a_wrong_out(mate: ModuleType, device: str) -> None:
+    run, tensors = into_out(mate, device)
+    tensors["q"].requires_grad_()
+    for out in (tensors["out"].float(), tensors["out"].new_empty(3, *tensors["out"].shape)):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="out must"):
+            torch.compile(run, fullgraph=True, backend="aot_eager")(**{**tensors, "out": out})
+
+
 def test_traced_by_make_fx(mate: ModuleType, device: str) -> None:
     """A graph that is recorded from real tensors has the call in it, and not the memory of one of its results."""
     run, tensors = varlen(mate, device)

@@ -522,9 +522,23 @@ def wrong_strides() -> list[Case]:
 
 
 def overlapping() -> list[Case]:
-    """out of flash_attn_combine in the place of an input."""
+    """out in the place of an input."""
     partial, lse = f32(3, 2, 5, H, D), f32(3, 2, 5, H)
+    between_rows = f32(3, 1, 9, H, 2 * D)
+    packed = bf16(2, 6, 3, HK, D)
+    in_packed = dict(zip("qkv", packed[:, :5].unbind(2)))
     return [
+        (func, {**in_packed, "out": packed[:, 1:, 2]}, ValueError, "out"),
+        (
+            combine,
+            {
+                "out_partial": between_rows[:, :, :8, :, :D],
+                "lse_partial": f32(3, 1, 8, H),
+                "out": between_rows[0, :, 1:, :, :D],
+            },
+            ValueError,
+            "out",
+        ),
         (combine, {"out_partial": partial, "out": partial[0]}, ValueError, "out"),
         (combine, {"out_partial": f32(3, 2, 5, H, 1), "lse_partial": lse, "out": lse[2, ..., None]}, ValueError, "out"),
     ]
@@ -748,6 +762,31 @@ def test_odd_values(mate: ModuleType, arguments: dict, kind: Any, pattern: str) 
     call["v_cache"] = call["k_cache"].clone()
     with pytest.raises(kind, match=pattern):
         mate.flash_attn_with_kvcache(**{**call, **arguments})
+
+
+def test_results_may_lie_between_inputs(mate: ModuleType) -> None:
+    packed = torch.randn(2, 5, 4, 2, 16)
+    q, k, v, out = packed.unbind(2)
+    expected = mate.flash_attn_func(q, k, v)
+    assert torch.equal(mate.flash_attn_func(q, k, v, out=out), expected)
+    pool = torch.randn(4, 16, 2, 16)
+    mate.flash_attn_func(q, pool[0::3], pool[0::3], out=pool[1:3, :5])
+
+
+@pytest.mark.parametrize("value", ["False", None, [True], torch.ones(2, dtype=torch.bool)], ids=str)
+def test_flags_are_bools_or_numbers(mate: ModuleType, value: Any) -> None:
+    q = torch.randn(1, 5, 2, 16)
+    with pytest.raises(TypeError, match=r"^causal must be a bool"):
+        mate.flash_attn_func(q, q, q, causal=value)
+    assert torch.equal(mate.flash_attn_func(q, q, q, causal=1), mate.flash_attn_func(q, q, q, causal=True))
+
+
+def test_an_appended_cache_is_of_tensors(mate: ModuleType) -> None:
+    cache = torch.zeros(2, 8, 2, 16).numpy()
+    new = torch.ones(2, 1, 2, 16)
+    with pytest.raises(TypeError, match=r"^v_cache must be a torch\.Tensor"):
+        mate.flash_attn_with_kvcache(new, torch.zeros(2, 8, 2, 16), cache, new, new, cache_seqlens=3)
+    assert not cache.any()
 
 
 def test_results_do_not_overlap_inputs(mate: ModuleType) -> None:

@@ -325,7 +325,7 @@ def _cumulative(lengths: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 # ---- The attention of one layer ----
 
-_CHANGES_THE_SCORES = (
+_NOT_SERVED = (
     "position_bias",
     "attention_bias",
     "sinks",
@@ -365,7 +365,7 @@ def attention_forward(
         raise NotImplementedError(f"MATE has no dropout: it must be 0, got {dropout}")
     if kwargs.get("output_attentions"):
         raise NotImplementedError('MATE returns no attention weights; attn_implementation="eager" does')
-    for name in _CHANGES_THE_SCORES:
+    for name in _NOT_SERVED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"MATE does not serve {name}")
 
