@@ -69,6 +69,8 @@ def calls() -> list[Call]:
         chosen[1].arguments["sm_margin"] = multiprocessors - 2
         # On all multiprocessors, each of which then has a part of one sequence alone.
         result += [*chosen, decoding(kind, (390, 70, 7))]
+        if kind.qv:
+            result.append(many_heads(kind))
     return result
 
 
@@ -100,6 +102,19 @@ def few_tiles(kind: Kind) -> Call:
     arguments["cache_seqlens"] = torch.tensor([1490], dtype=torch.int32)
     softcap = 5.0 if kind.softcap else 0.0
     return Call("flash_attn_with_kvcache", {**arguments, "causal": True, "softcap": softcap})
+
+
+def many_heads(kind: Kind) -> Call:
+    """A call whose query heads, which share a key head, are those of two tiles, which a cluster may have together."""
+    numbers = torch.Generator().manual_seed(SEED)
+    shapes = {"q": (2, 1, 128, kind.head_size), "qv": (2, 1, 128, kind.head_size_v)}
+    shapes |= {"k_cache": (2, 400, 1, kind.head_size), "v_cache": (2, 400, 1, kind.head_size_v)}
+    types = {"k_cache": kind.key_type, "v_cache": kind.key_type}
+    arguments: dict[str, Any] = {
+        name: torch.randn(shape, generator=numbers).to(types.get(name, kind.dtype)) for name, shape in shapes.items()
+    }
+    arguments["cache_seqlens"] = torch.tensor([390, 70], dtype=torch.int32)
+    return Call("flash_attn_with_kvcache", {**arguments, "causal": True, "num_splits": 2})
 
 
 def many_keys(kind: Kind) -> Call:
