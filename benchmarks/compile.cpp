@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "cuda/backend.h"
 #include "cuda/compile_log.h"
 #include "cuda/compiler.h"
+#include "cuda/variants.h"
 
 using namespace mate;
 

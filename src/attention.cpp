@@ -1,10 +1,9 @@
-// The public calls: arguments -> Problem -> Plan -> backend.
+// The public calls: arguments -> Problem -> backend.
 #include <mate/attention.h>
 
 #include "attention/arguments.h"
 #include "attention/check.h"
 #include "attention/contents.h"
-#include "attention/plan.h"
 #include "cpu/backend.h"
 #include "cuda/backend.h"
 #include "cuda/device.h"
@@ -58,7 +57,8 @@ void combine(const CombineArguments& arguments) {
   cpu::combine(problem);
 }
 
-std::int64_t scheduler_metadata_size(std::int64_t batch_size) { return scheduler_metadata_elements(batch_size); }
+// A number for each sequence: see docs/design.md.
+std::int64_t scheduler_metadata_size(std::int64_t batch_size) { return batch_size; }
 
 void scheduler_metadata(const SchedulerMetadataArguments& arguments, const ArgumentNames& names,
                         const Allocate& allocate) {
@@ -73,7 +73,7 @@ void scheduler_metadata(const SchedulerMetadataArguments& arguments, const Argum
   }
   Tensor out = arguments.out;
   if (allocate && !out.given()) {
-    const std::int64_t elements = scheduler_metadata_elements(problem.batch);
+    const std::int64_t elements = scheduler_metadata_size(problem.batch);
     out = allocate(int32, lengths.device(), &elements, 1);
     check_place("out", out, names.seqused_k, lengths);
   }

@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include "attention/plan.h"
 #include "attention/problem.h"
+#include "plan.h"
 
 namespace mate::cpu {
 

@@ -8,14 +8,6 @@
 #include "variants.h"
 
 namespace mate::cuda {
-namespace {
-
-KernelFamily& append_kernels() {
-  static KernelFamily kernels;
-  return kernels;
-}
-
-}  // namespace
 
 Append::Append(Problem& p, const Device& gpu, CUstream stream, Scratch& scratch) {
   const int slots_of_new = p.keys.cu_seqlens_new.given() ? 1 : p.batch;
@@ -26,7 +18,7 @@ Append::Append(Problem& p, const Device& gpu, CUstream stream, Scratch& scratch)
     const int multiple = 16 / bytes_of(p.q.type);  // rows are aligned to 16 bytes
     Rows& q = arguments_.rotated_q;
     q.type = p.q.type;
-    q.head_stride = (p.head_dim + multiple - 1) / multiple * multiple;
+    q.head_stride = divide_up(p.head_dim, multiple) * multiple;
     q.row_stride = q.head_stride * p.heads_q;
     q.slot_stride = q.row_stride * p.queries.rows;
     q.data = scratch.take<std::byte>(q.slot_stride * p.query_slots() * bytes_of(q.type));
@@ -40,7 +32,7 @@ Append::Append(Problem& p, const Device& gpu, CUstream stream, Scratch& scratch)
   const AppendTypes types{p.q.type, p.k_new.type, p.k.type};
   const auto key = static_cast<std::uint64_t>(types.query) << 4 | static_cast<std::uint64_t>(types.added) << 2 |
                    static_cast<std::uint64_t>(types.key);
-  kernel_ = append_kernels().load(gpu, key, [&] { return append_source(types); });
+  kernel_ = kernels_of<append_source>().load(gpu, key, [&] { return append_source(types); });
   shape_.grid = {static_cast<unsigned>(clamp(divide_up(rows, warps), 1, most_blocks))};
   shape_.block = {append_threads};
   shape_.stream = stream;

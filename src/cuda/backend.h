@@ -1,13 +1,8 @@
 // The NVIDIA backend: every call on tensors of a Hopper GPU (compute capability 9.0).
 #pragma once
 
-#include <string>
-#include <vector>
-
 #include "attention/arguments.h"
 #include "attention/problem.h"
-#include "compiler.h"
-#include "kernels/forward_variant.h"
 
 namespace mate::cuda {
 
@@ -25,11 +20,7 @@ void forward(const Problem& problem, int device, void* stream, const Allocate& a
 /// Writes out and lse of partial results on a stream.
 void combine(const CombineProblem& problem, int device, void* stream);
 
-/// Writes how many pieces of work each sequence of a call has. Every call of forward() finds that by itself.
+/// Writes about how many steps of work each sequence of a call takes. forward() does not read it.
 void scheduler_metadata(const Problem& problem, int device, void* stream, int* out, std::int64_t stride);
-
-/// The kernels that calls with these head sizes and types may need, for whatever else they ask - causal or not, aligned
-/// or not - but for a softmax_scale that is not positive.
-std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const TensorTypes& types, bool softcap, bool qv);
 
 }  // namespace mate::cuda

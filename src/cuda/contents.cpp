@@ -4,6 +4,7 @@
 #include <deque>
 #include <vector>
 
+#include "attention/tiling.h"
 #include "backend.h"
 #include "device.h"
 

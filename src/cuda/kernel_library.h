@@ -60,6 +60,13 @@ class KernelFamily {
   std::unordered_map<std::uint64_t, Loaded> loaded_;
 };
 
+/// The kernels whose source a function writes.
+template <auto write_source>
+KernelFamily& kernels_of() {
+  static KernelFamily kernels;
+  return kernels;
+}
+
 struct Extent {
   unsigned x = 1;
   unsigned y = 1;

@@ -1,5 +1,7 @@
 #include "scratch.h"
 
+#include "attention/check.h"
+
 namespace mate::cuda {
 
 Scratch::~Scratch() {
@@ -12,6 +14,7 @@ void* Scratch::take_bytes(std::int64_t bytes) {
     const DLDevice device{kDLCUDA, device_};
     return allocate_({kDLUInt, 8, 1}, device, &bytes, 1).data();
   }
+  require(own_count_ < most_pieces, "a call must not take more than ", most_pieces, " pieces of memory");
   CUdeviceptr& address = own_[own_count_];
   driver().cuMemAllocAsync(&address, static_cast<std::size_t>(bytes), stream_);
   ++own_count_;

@@ -24,7 +24,8 @@ class Scratch {
   }
 
  private:
-  static constexpr int most_pieces = 6;
+  /// Rotated queries, the partition of two launches, and of each of these its parts, their tiles, and carried sums.
+  static constexpr int most_pieces = 8;
 
   void* take_bytes(std::int64_t bytes);
 

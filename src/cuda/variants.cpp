@@ -5,7 +5,6 @@
 #include <string>
 
 #include "attention/check.h"
-#include "backend.h"
 #include "kernels/forward_arguments.h"
 
 namespace mate::cuda {

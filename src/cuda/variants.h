@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "compiler.h"
 #include "kernels/append_arguments.h"
@@ -63,5 +64,9 @@ KernelSource merge_parts_source(ElementType out);
 
 /// Of the kernel that partitions the multiprocessors between two launches of a call.
 KernelSource partition_source();
+
+/// The kernels that calls with these head sizes and types may need, for whatever else they ask - causal or not, aligned
+/// or not - but for a softmax_scale that is not positive.
+std::vector<KernelSource> kernels_for(int head_dim, int head_dim_v, const TensorTypes& types, bool softcap, bool qv);
 
 }  // namespace mate::cuda

@@ -20,9 +20,9 @@
 
 #include "attention/arguments.h"
 #include "attention/check.h"
-#include "cuda/backend.h"
 #include "cuda/compiler.h"
 #include "cuda/kernel_cache.h"
+#include "cuda/variants.h"
 
 namespace {
 

@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "attention/check.h"
-#include "cuda/backend.h"
 #include "cuda/compile_log.h"
 #include "cuda/compiler.h"
+#include "cuda/variants.h"
 #include "nvrtc.h"
 
 namespace mate::cuda {

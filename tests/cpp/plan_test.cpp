@@ -1,8 +1,9 @@
 // How the work is cut up: every row in one tile, every key that a tile sees in one block of one split, and
 // numbers of splits that follow from the lengths alone.
-#include "attention/plan.h"
+#include "cpu/plan.h"
 
 #include <gtest/gtest.h>
+#include <mate/attention.h>
 
 #include <algorithm>
 #include <climits>
@@ -256,8 +257,8 @@ TEST(Packing, SharesAGroupUnlessToldOtherwise) {
 }
 
 TEST(SchedulerMetadata, HasASizeThatFollowsFromTheBatch) {
-  EXPECT_GE(scheduler_metadata_elements(0), 0);
-  EXPECT_GE(scheduler_metadata_elements(7), 7);
+  EXPECT_GE(scheduler_metadata_size(0), 0);
+  EXPECT_GE(scheduler_metadata_size(7), 7);
 }
 
 }  // namespace

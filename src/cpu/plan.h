@@ -1,25 +1,25 @@
-// The plan of a call: how its work is cut up.
+// The plan of a call on the CPU: how its work is cut up.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "problem.h"
-#include "tiling.h"
+#include "attention/problem.h"
+#include "attention/tiling.h"
 
 namespace mate {
 
 /// With so many pieces of work a worker, taken as workers become free, the last one to finish is not late by much.
 inline constexpr int pieces_per_worker = 4;
 
-/// What a backend says of itself.
+/// What the processor, and the kernels for it, ask for.
 struct Machine {
   int min_tile_rows = 0;  ///< query rows of a tile, where the work is to be shared by all workers,
   int max_tile_rows = 0;  ///< and where there is more than enough of it: a multiple of the least
   int block_keys = 0;     ///< keys of a block
   /// Sequences of at most so many packed rows read their keys as a stream: one worker takes all head units together.
   int streamed_rows = 0;
-  int workers = 1;  ///< multiprocessors or threads, before sm_margin
+  int workers = 1;  ///< threads, before sm_margin
 };
 
 /// How a call's work is cut up. It follows from lengths, heads, mask and options, never from where the keys lie.
@@ -40,8 +40,5 @@ struct Plan {
 /// the one that the call asks for; else what its scheduler metadata says; else what shares the work out evenly. With
 /// batch_invariant it follows from a sequence's own lengths alone.
 Plan make_plan(const Problem& problem, const Machine& machine);
-
-/// Elements of the scheduler metadata of a batch: the number of splits of each sequence.
-constexpr std::int64_t scheduler_metadata_elements(std::int64_t batch) { return batch; }
 
 }  // namespace mate
