@@ -7,7 +7,7 @@ schemas of PyTorch's operators from them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ _USER_NAMES: tuple[dict[str, str], ...] = (
 class AttentionCall(NamedTuple):
     """All that ``mate::attention`` takes but its results; include/mate/attention.h says what each field means.
 
-    Make it by position: by keyword that takes two microseconds more.
+    Make it by :func:`attention_call`: by keyword that takes two microseconds more.
     """
 
     # What all functions have comes first, so that the others need not say what they leave out.
@@ -101,7 +101,21 @@ class AttentionCall(NamedTuple):
             return out if made is None else made  # type: ignore[return-value]
         except Exception as error:
             refusal = error
+        # Here, so that what is raised now is not shown as a consequence of the refusal.
         return _plain_if_refused(refusal, self, out).run(out, lse)
+
+
+if TYPE_CHECKING:
+    attention_call = AttentionCall
+else:
+    _DEFAULTS = (
+        *[None] * (len(AttentionCall._fields) - len(AttentionCall._field_defaults)),
+        *AttentionCall._field_defaults.values(),
+    )
+
+    def attention_call(*fields: Any) -> AttentionCall:
+        """An AttentionCall, by position, in half of the time that its own constructor takes."""
+        return AttentionCall._make(fields + _DEFAULTS[len(fields) :])
 
 
 class CombineCall(NamedTuple):

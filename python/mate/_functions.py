@@ -26,6 +26,7 @@ from mate._calls import (
     AttentionCall,
     CombineCall,
     SchedulerMetadataCall,
+    attention_call,
 )
 from mate._dispatch import run_attention, run_combine, run_scheduler_metadata
 
@@ -113,7 +114,7 @@ def flash_attn_func(
     Nothing has been written when an error is raised. Source: https://arxiv.org/abs/2407.08608 (FlashAttention-3).
     """
     left, right = window(window_size)
-    call = AttentionCall(
+    call = attention_call(
         PLAIN_NAMES,
         contiguous_rows("q", q),
         contiguous_rows("k", k),
@@ -206,7 +207,7 @@ def flash_attn_varlen_func(
     page_table = _page_table(page_table, block_table)
     is_cache = page_table is not None
     left, right = window(window_size)
-    call = AttentionCall(
+    call = attention_call(
         PLAIN_NAMES,
         contiguous_rows("q", q),
         k if is_cache else contiguous_rows("k", k),
@@ -332,7 +333,7 @@ def flash_attn_with_kvcache(
         check_tensor("k_cache", k_cache)  # where it is written to, PyTorch is told so
         check_tensor("v_cache", v_cache)
     left, right = window(window_size)
-    call = AttentionCall(
+    call = attention_call(
         CACHE_NAMES,
         contiguous_rows("q", q),
         k_cache,
@@ -432,7 +433,7 @@ def flash_attn_qkvpacked_func(
     else:
         raise ValueError(f"qkv must have shape (b, s, 3, h, d) or (b, s, h + 2 * hk, d), got {tuple(qkv.shape)}")
     left, right = window(window_size)
-    call = AttentionCall(
+    call = attention_call(
         PACKED_NAMES,
         q,
         k,
