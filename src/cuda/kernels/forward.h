@@ -1,5 +1,5 @@
 // Attention of many query rows, and of few that are too many for stream.h, or whose scores of e4m3 may be too large
-// (has_large_scores in forward.cpp).
+// (has_large_scores in choices.cpp).
 //
 // A block of threads stays on its multiprocessor and takes tiles of query rows until there are none left, or, where
 // keys are shared out, the pieces of its share. One warpgroup schedules and loads; the others, each with 64 rows of the
