@@ -1,8 +1,10 @@
 #include "variants.h"
 
 #include <algorithm>
+#include <cassert>
 #include <set>
 #include <string>
+#include <type_traits>
 
 #include "attention/check.h"
 #include "kernels/forward_arguments.h"
@@ -265,6 +267,30 @@ const char* name_of(Scores scores) {
   return "";
 }
 
+/// Calls visit(name, value, bits, unit) for each field of a variant but its types: numbers are multiples of `unit`, 1
+/// if it is left out, and that many fit so many bits.
+template <typename Visit>
+void for_each_field(const ForwardVariant& v, const Visit& visit) {
+  visit("head_dim", v.head_dim, 6, 16);
+  visit("head_dim_v", v.head_dim_v, 6, 16);
+  visit("warpgroups", v.warpgroups, 3);
+  visit("block_keys", v.block_keys, 5, 16);
+  visit("stages", v.stages, 4);
+  visit("fetched_stages", v.fetched_stages, 4);
+  visit("q_stages", v.q_stages, 3);
+  visit("scores", v.scores, 2);
+  visit("gather", v.gather, 1);
+  visit("splits", v.splits, 1);
+  visit("wide", v.wide, 1);
+  visit("stream_rows", v.stream_rows, 5);
+  visit("transposed_rows", v.transposed_rows, 3, 16);
+  visit("qv", v.qv, 1);
+  visit("e4m3", v.e4m3, 1);
+  visit("cluster_blocks", v.cluster_blocks, 2);
+  visit("merges_in_cluster", v.merges_in_cluster, 1);
+  visit("plain", v.plain, 1);
+}
+
 }  // namespace
 
 bool has_small_heads(const VariantChoice& choice) { return std::max(choice.head_dim, choice.head_dim_v) <= 64; }
@@ -298,33 +324,17 @@ ForwardVariant choose_variant(const VariantChoice& choice) {
 
 std::uint64_t key_of(const ForwardVariant& v) {
   std::uint64_t key = 0;
-  const auto append = [&](int value, int bits) { key = key << bits | static_cast<std::uint64_t>(value); };
-  append(static_cast<int>(v.types.query), 2);
-  append(static_cast<int>(v.types.key), 2);
-  append(static_cast<int>(v.types.out), 2);
-  append(v.head_dim / 16, 6);
-  append(v.head_dim_v / 16, 6);
-  append(v.warpgroups, 3);
-  append(v.block_keys / 16, 5);
-  append(v.stages, 4);
-  append(v.fetched_stages, 4);
-  append(v.q_stages, 3);
-  append(static_cast<int>(v.scores), 2);
-  append(v.gather, 1);
-  append(v.splits, 1);
-  append(v.wide, 1);
-  append(v.stream_rows, 5);
-  append(v.transposed_rows / 16, 3);
-  append(v.qv, 1);
-  append(v.e4m3, 1);
-  append(v.cluster_blocks, 2);
-  append(v.merges_in_cluster, 1);
-  append(v.plain, 1);
+  const auto append = [&](const char*, auto value, int bits, int unit = 1) {
+    const auto number = static_cast<std::uint64_t>(value);
+    assert(number % unit == 0 && number / unit < std::uint64_t{1} << bits);
+    key = key << bits | number / unit;
+  };
+  for (const ElementType type : {v.types.query, v.types.key, v.types.out}) append("types", type, 2);
+  for_each_field(v, append);
   return key;
 }
 
 KernelSource source_of(const ForwardVariant& v) {
-  const auto flag = [](bool value) { return value ? "true" : "false"; };
   KernelSource source;
   const char* const kernel = v.stream() ? "stream" : v.transposed() ? "transposed" : v.wide ? "wide" : "forward";
   source.name = join(kernel, "_", name_of(v.types), "_d", v.head_dim, "_v", v.head_dim_v, v.qv ? "_qv" : "", "_rows",
@@ -338,17 +348,18 @@ KernelSource source_of(const ForwardVariant& v) {
                      "(const __grid_constant__ mate::cuda::ForwardArguments arguments) {\n"
                      "  constexpr mate::cuda::ForwardVariant variant{\n",
                      "      .types = {mate::ElementType::", name_of(v.types.query),
-                     ", mate::ElementType::", name_of(v.types.key), ", mate::ElementType::", name_of(v.types.out),
-                     "},\n", "      .head_dim = ", v.head_dim, ",\n", "      .head_dim_v = ", v.head_dim_v, ",\n",
-                     "      .warpgroups = ", v.warpgroups, ",\n", "      .block_keys = ", v.block_keys, ",\n",
-                     "      .stages = ", v.stages, ",\n", "      .fetched_stages = ", v.fetched_stages, ",\n",
-                     "      .q_stages = ", v.q_stages, ",\n", "      .scores = mate::cuda::Scores::", name_of(v.scores),
-                     ",\n", "      .gather = ", flag(v.gather), ",\n", "      .splits = ", flag(v.splits), ",\n",
-                     "      .wide = ", flag(v.wide), ",\n", "      .stream_rows = ", v.stream_rows, ",\n",
-                     "      .transposed_rows = ", v.transposed_rows, ",\n", "      .qv = ", flag(v.qv), ",\n",
-                     "      .e4m3 = ", flag(v.e4m3), ",\n", "      .cluster_blocks = ", v.cluster_blocks, ",\n",
-                     "      .merges_in_cluster = ", flag(v.merges_in_cluster), ",\n", "      .plain = ", flag(v.plain),
-                     "};\n", "  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
+                     ", mate::ElementType::", name_of(v.types.key), ", mate::ElementType::", name_of(v.types.out), "}");
+  for_each_field(v, [&](const char* name, auto value, int, int = 1) {
+    source.text += join(",\n      .", name, " = ");
+    if constexpr (std::is_same_v<decltype(value), Scores>) {
+      source.text += join("mate::cuda::Scores::", name_of(value));
+    } else if constexpr (std::is_same_v<decltype(value), bool>) {
+      source.text += value ? "true" : "false";
+    } else {
+      source.text += std::to_string(value);
+    }
+  });
+  source.text += join("};\n  mate::cuda::", kernel, "<variant>(arguments);\n}\n");
   source.shared_bytes = v.shared_bytes();
   return source;
 }
