@@ -11,6 +11,12 @@
 namespace mate::cuda {
 namespace {
 
+// Of most kernels, for estimates.
+constexpr int typical_tile_rows = 128;
+constexpr int typical_block_keys = 128;
+/// Rows of a tile that one warpgroup multiplies.
+constexpr int consumer_rows = 64;
+
 Scores scores_of(const Problem& p) {
   if (p.softcap > 0) return Scores::capped;
   return p.softmax_scale > 0 ? Scores::products : Scores::scaled;
@@ -65,7 +71,7 @@ std::int64_t most_packed_rows(const Problem& p) {
 }
 
 /// Whether all packed rows of any sequence fit one consumer: decoding, mostly.
-bool has_few_rows(const Problem& p) { return most_packed_rows(p) <= 64; }
+bool has_few_rows(const Problem& p) { return most_packed_rows(p) <= consumer_rows; }
 
 /// Whether a batch-invariant call may cut a sequence. How many rows ragged and padded ones have only the device knows.
 bool may_cut(const Problem& p, int block_keys) {
@@ -87,7 +93,7 @@ bool is_mixed(const Problem& p) { return std::int64_t{2} * mean_rows(p) < most_r
 /// Blocks of keys of the longest sequence that are worth being shared out, whatever it costs to merge the parts.
 constexpr int long_blocks = 10;
 
-bool has_long_keys(const Problem& p) { return divide_up(most_keys(p), 128) > long_blocks; }
+bool has_long_keys(const Problem& p) { return divide_up(most_keys(p), typical_block_keys) > long_blocks; }
 
 /// From so many parts of a tile on, one multiprocessor takes longer to merge them than another launch, in which each
 /// row is merged by a warp of its own.
@@ -115,7 +121,7 @@ Sharing choose_sharing(const Problem& p, int multiprocessors, int cluster) {
   constexpr float merging_in_cluster = 3.5;
   constexpr float worth = 1.2F;      // a block that is shared out evenly takes so much longer; and keys may be fewer
   constexpr float tiles_enough = 8;  // of each multiprocessor, whatever their keys are
-  const Tiling tiling{128, 128, p.group()};
+  const Tiling tiling{typical_tile_rows, typical_block_keys, p.group()};
   const int rows = mean_rows(p);
   const int keys = most_keys(p);
   if (rows == 0 || p.batch == 0) return Sharing::none;
@@ -171,7 +177,8 @@ bool gains_by_two_launches(const Problem& p, int multiprocessors) {
   constexpr int least_blocks = 64;  // of keys, for each multiprocessor: two launches begin later than one
   if (p.num_splits != 0 || p.queries.seqused.given() || p.keys.cu_seqlens.given()) return false;
   return is_mixed(p) && has_long_keys(p) && !has_few_rows(p) && multiprocessors > 1 &&
-         divide_up(most_keys(p), 128) * p.batch * p.heads_k >= std::int64_t{least_blocks} * multiprocessors;
+         divide_up(most_keys(p), typical_block_keys) * p.batch * p.heads_k >=
+             std::int64_t{least_blocks} * multiprocessors;
 }
 
 /// Whether prompts beside what is decoded are served tile by tile, head after head, so that the L2 cache holds their
@@ -180,7 +187,7 @@ bool takes_whole_tiles(const Problem& p, int multiprocessors) {
   constexpr float tiles_enough = 0.75F;  // of each multiprocessor
 
   const std::int64_t packed_rows = (std::int64_t{p.queries.rows} - p.batch) * p.group();  // each may decode one
-  const std::int64_t tiles = divide_up(packed_rows, 128) * p.heads_k;
+  const std::int64_t tiles = divide_up(packed_rows, typical_tile_rows) * p.heads_k;
   return static_cast<float>(tiles) >= tiles_enough * static_cast<float>(multiprocessors);
 }
 
