@@ -44,6 +44,8 @@ def number(name: str, value: Number) -> float:
 def boolean(name: str, value: object) -> bool:
     if value is True or value is False:
         return value
+    if isinstance(value, (bool, torch.SymBool)):  # what follows from a size that is being traced is a bool, and neither
+        return bool(value)
     # Nearly everything has a truth value: numbers, and elements of arrays, are meant to.
     is_scalar = hasattr(value, "__index__") or hasattr(value, "dtype")
     try:

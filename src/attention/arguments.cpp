@@ -326,8 +326,8 @@ void check_known_lengths(const Problem& problem, const ArgumentNames& names) {
   if (keys.cu_seqlens.given()) return;
   const int capacity = keys.paged() ? keys.table_capacity : keys.rows;
   if (!keys.seqused.given() && !keys.leftpad.given()) {
-    require(capacity <= problem.max_seqlen_k, "max_seqlen_k must be at least ", capacity, ", the rows of ", names.k,
-            ", got ", problem.max_seqlen_k);
+    require(capacity <= problem.max_seqlen_k, "max_seqlen_k must be at least ", capacity, ", the keys that ",
+            keys.paged() ? "page_table" : names.k, " has room for, got ", problem.max_seqlen_k);
   }
   if (keys.appends && !keys.cu_seqlens_new.given()) {
     require(keys.new_rows <= capacity, names.k_new, " must fit the cache, which has ", capacity, " rows, got ",

@@ -850,7 +850,7 @@ TEST(AttentionArguments, ShapesTellLengths) {
   EXPECT_EQ(error_of(Base::normal, [&](Memory&, Arguments& a) { no_lengths(a), a.max_seqlen_q = 2; }),
             "max_seqlen_q must be at least 3, the rows of q, got 2");
   EXPECT_EQ(error_of(Base::normal, [&](Memory&, Arguments& a) { no_lengths(a), a.max_seqlen_k = 5; }),
-            "max_seqlen_k must be at least 6, the rows of k, got 5");
+            "max_seqlen_k must be at least 6, the keys that k has room for, got 5");
   EXPECT_EQ(error_of(Base::normal, [&](Memory&, Arguments& a) { a.max_seqlen_q = a.max_seqlen_k = 1; }), "");
   EXPECT_EQ(error_of(Base::cache,
                      [](Memory& memory, Arguments& a) {

@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <filesystem>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpp/call_of_one.h"
 #include "cpp/random_call.h"
@@ -173,25 +175,27 @@ TEST_F(EmulatedGpu, ClustersShareOutTheKeysOfFewTiles) {
   EXPECT_NE(kernels.find("_merged_plain"), std::string::npos) << kernels;
 }
 
-/// Each has the heads of one of two units.
+/// Each has the heads of one of two units, of few sequences or of more than a warp counts by itself.
 TEST_F(EmulatedGpu, ClustersHaveManyHeadsOfAKeyHead) {
   constexpr std::int64_t heads = 128;
-  for (const std::int64_t num_splits : {0, 3}) {
+  std::string kernels;
+  for (const auto& [batch, num_splits] : {std::pair<std::int64_t, std::int64_t>{2, 0}, {2, 3}, {33, 0}}) {
     testing::Memory memory;
     AttentionArguments a;
     a.causal = true;
     a.num_splits = num_splits;
-    a.q = memory.tensor(bfloat16, {2, 1, heads, 64});
-    for (Tensor* tensor : {&a.qv, &a.out}) *tensor = memory.tensor(bfloat16, {2, 1, heads, 128});
+    a.q = memory.tensor(bfloat16, {batch, 1, heads, 64});
+    for (Tensor* tensor : {&a.qv, &a.out}) *tensor = memory.tensor(bfloat16, {batch, 1, heads, 128});
     testing::fill(a.qv, [count = 0]() mutable { return ++count % 7 * 0.1; });
-    a.k = memory.tensor(bfloat16, {2, 1500, 1, 64});
-    a.v = memory.tensor(bfloat16, {2, 1500, 1, 128});
-    a.seqused_k = memory.integers({1500, 130});
-    const std::string kernels = judge_at_random(memory, a);
-    if (num_splits == 0) {
-      EXPECT_NE(kernels.find("_splits_clusters"), std::string::npos) << kernels;
-    }
+    a.k = memory.tensor(bfloat16, {batch, 1500, 1, 64});
+    a.v = memory.tensor(bfloat16, {batch, 1500, 1, 128});
+    std::vector<std::int64_t> lengths(batch, 20);
+    lengths[0] = 1500;
+    lengths[1] = 130;
+    a.seqused_k = memory.integers(lengths);
+    kernels += judge_at_random(memory, a);
   }
+  EXPECT_NE(kernels.find("_splits_clusters"), std::string::npos) << kernels;
 }
 
 /// Judges a call that decodes a token of each sequence.

@@ -70,7 +70,7 @@ def calls() -> list[Call]:
         # On all multiprocessors, each of which then has a part of one sequence alone.
         result += [*chosen, decoding(kind, (390, 70, 7))]
         if kind.qv:
-            result.append(many_heads(kind))
+            result += [many_heads(kind, (390, 70)), many_heads(kind, (390, 70) + (20,) * 31)]
     return result
 
 
@@ -104,16 +104,17 @@ def few_tiles(kind: Kind) -> Call:
     return Call("flash_attn_with_kvcache", {**arguments, "causal": True, "softcap": softcap})
 
 
-def many_heads(kind: Kind) -> Call:
+def many_heads(kind: Kind, lengths: tuple[int, ...]) -> Call:
     """A call whose query heads, which share a key head, are those of two tiles, which a cluster may have together."""
     numbers = torch.Generator().manual_seed(SEED)
-    shapes = {"q": (2, 1, 128, kind.head_size), "qv": (2, 1, 128, kind.head_size_v)}
-    shapes |= {"k_cache": (2, 400, 1, kind.head_size), "v_cache": (2, 400, 1, kind.head_size_v)}
+    batch = len(lengths)
+    shapes = {"q": (batch, 1, 128, kind.head_size), "qv": (batch, 1, 128, kind.head_size_v)}
+    shapes |= {"k_cache": (batch, 400, 1, kind.head_size), "v_cache": (batch, 400, 1, kind.head_size_v)}
     types = {"k_cache": kind.key_type, "v_cache": kind.key_type}
     arguments: dict[str, Any] = {
         name: torch.randn(shape, generator=numbers).to(types.get(name, kind.dtype)) for name, shape in shapes.items()
     }
-    arguments["cache_seqlens"] = torch.tensor([390, 70], dtype=torch.int32)
+    arguments["cache_seqlens"] = torch.tensor(lengths, dtype=torch.int32)
     return Call("flash_attn_with_kvcache", {**arguments, "causal": True, "num_splits": 2})
 
 

@@ -158,6 +158,17 @@ def test_dynamic_shapes(mate: ModuleType, device: str) -> None:
             assert same_bits(compiled(q, k, v), run(q, k, v))
 
 
+def test_a_flag_that_follows_from_a_shape(mate: ModuleType, device: str) -> None:
+    def run(q, k):
+        return mate.flash_attn_func(q, k, k, causal=q.shape[1] > 1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 4, 1):
+        q, k = randn(1, rows, H, D, device=device), randn(1, 7, HK, D, device=device)
+        assert same_bits(compiled(q, k), run(q, k))
+
+
 def test_compiled_with_grad(mate: ModuleType, device: str) -> None:
     """Compiled calls take inputs that require grad, and their backward pass names the function."""
     run, tensors = func(mate, device)

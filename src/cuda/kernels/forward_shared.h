@@ -144,9 +144,12 @@ struct ForwardShared {
   ptx::Mbarrier v_fetched[variant.stages];  ///< of values that the loader changes before consumers may have them
   ptx::Mbarrier weighed[variant.consumers_of_row()];  ///< a block, by each of the consumers of the same rows
 
-  /// Where keys will be fetched to, before there are any.
+  /// Where keys will be fetched to, before there are any; or queries, since another block of a cluster may fetch keys
+  /// while this one still counts.
   __device__ BatchSteps& batch_steps() {
-    if constexpr (variant.widens()) {
+    if constexpr (variant.unit_blocks() > 1) {
+      return *reinterpret_cast<BatchSteps*>(q_tiles);
+    } else if constexpr (variant.widens()) {
       return *reinterpret_cast<BatchSteps*>(&fetched_k_tiles);
     } else {
       return *reinterpret_cast<BatchSteps*>(k_tiles);
