@@ -677,10 +677,15 @@ def _batch_size(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
 
 def _capacity(k_cache: Tensor, page_table: Tensor | None, k: Tensor | None) -> int:
     """How many keys a sequence may have in a cache, and leave room for new ones; of wrong shapes, as many as any."""
-    for tensor, dimensions in ((k_cache, 4), (page_table, 2), (k, 4)):
-        is_right = isinstance(tensor, Tensor) and tensor.dim() == dimensions
-        if not (is_right or (tensor is None and tensor is not k_cache)):
-            return 2**31 - 1
+
+    def has_dimensions(tensor: object, count: int) -> bool:
+        return isinstance(tensor, Tensor) and tensor.dim() == count
+
+    is_right = has_dimensions(k_cache, 4)
+    is_right = is_right and (page_table is None or has_dimensions(page_table, 2))
+    is_right = is_right and (k is None or has_dimensions(k, 4))
+    if not is_right:
+        return 2**31 - 1
     rows = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
     return max(0, min(rows, 2**31 - 1) - (0 if k is None else k.shape[1]))
 
