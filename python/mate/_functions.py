@@ -324,10 +324,10 @@ def flash_attn_with_kvcache(
         out, shaped like q with head size dv; with return_softmax_lse, (out, lse, None, None), where FlashAttention-3
         has its partial results in the last two places.
     """
+    page_table = _page_table(page_table, block_table)
     if cache_seqlens is not None and (not isinstance(cache_seqlens, Tensor) or cache_seqlens.dim() == 0):
         check_tensor("q", q)
-        table = page_table if block_table is None else block_table
-        capacity = _capacity(k_cache, table, None if cu_seqlens_k_new is not None else k)
+        capacity = _capacity(k_cache, page_table, None if cu_seqlens_k_new is not None else k)
         cache_seqlens = same_length("cache_seqlens", cache_seqlens, _batch_size(q, cu_seqlens_q), q.device, capacity)
     if k is not None:
         check_tensor("k_cache", k_cache)  # where it is written to, PyTorch is told so
@@ -362,7 +362,7 @@ def flash_attn_with_kvcache(
         cache_seqlens,
         max_seqlen_q,
         None,  # max_seqlen_k
-        _page_table(page_table, block_table),
+        page_table,
         scheduler_metadata,
         cache_batch_idx,
         cache_leftpad,

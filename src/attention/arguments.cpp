@@ -324,7 +324,7 @@ void check_known_lengths(const Problem& problem, const ArgumentNames& names) {
             ", the rows of ", names.q, ", got ", problem.max_seqlen_q);
   }
   if (keys.cu_seqlens.given()) return;
-  const int capacity = keys.paged() ? keys.table_capacity : keys.rows;
+  const int capacity = key_capacity(keys, 0);  // as any sequence's
   if (!keys.seqused.given() && !keys.leftpad.given()) {
     require(capacity <= problem.max_seqlen_k, "max_seqlen_k must be at least ", capacity, ", the keys that ",
             keys.paged() ? "page_table" : names.k, " has room for, got ", problem.max_seqlen_k);
